@@ -1,0 +1,1 @@
+"""Where artifacts live: the store and the model registry on it."""

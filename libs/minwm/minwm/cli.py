@@ -1,0 +1,54 @@
+"""`minwm`: the command line. Commands come from the entry-point group `minwm.commands`.
+
+Each entry point is called with the application and adds its commands. Errors that are somebody's input
+(`MinwmError`) are printed as one line; anything else is a bug and shows its traceback.
+"""
+
+import os
+import sys
+from importlib.metadata import entry_points
+
+import click
+import typer
+from rich.console import Console
+
+from minwm.errors import MinwmError
+
+# The path from data to a session; commands of other packages come after.
+_ORDER = ("data", "train", "eval", "pipelines", "serve", "play", "demo")
+
+
+def application() -> typer.Typer:
+    """The application with every installed command."""
+    app = typer.Typer(
+        name="minwm",
+        help="Camera-controllable world models, from data to streamed session. The commands, in the order of the path:",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    found = {point.name: point for point in entry_points(group="minwm.commands")}
+    for name in sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)):
+        found[name].load()(app)
+    return app
+
+
+def main() -> None:
+    """Run the command line."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl") else "cpu")
+    errors = Console(stderr=True, highlight=False)
+    try:
+        sys.exit(application()(standalone_mode=False) or 0)
+    except MinwmError as error:
+        errors.print(f"[bold red]error:[/] {_plain(error)}")
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        errors.print("stopped")
+        sys.exit(130)
+
+
+def _plain(error: MinwmError) -> str:
+    return str(error).replace("[", r"\[")

@@ -1,0 +1,1 @@
+"""Sources, annotators, filters and shards."""

@@ -1,0 +1,1 @@
+"""Flow matching: noise, velocity, schedules and samplers. Knows no model."""

@@ -1,0 +1,107 @@
+"""Attention contexts: what a forward pass may look at.
+
+One set of weights runs bidirectionally, with a teacher-forcing mask, or causally from a cache,
+by the context it is given. `History` holds the one rule of visibility; masks and cache both ask it.
+Queries, keys and values are (b, n, h, d) with n = frames · tokens per frame.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minwm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What a chunk of latent frames sees of the past.
+
+    chunk:  latent frames generated together
+    window: latent frames attended to, the current chunk included
+    sink:   first latent frames that stay visible beside the window
+    """
+
+    chunk: int
+    window: int
+    sink: int = 0
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1 or self.window < self.chunk or self.sink < 0:
+            raise ConfigError(
+                f"history: chunk={self.chunk}, window={self.window}, sink={self.sink}: "
+                "expected 1 <= chunk <= window, sink >= 0"
+            )
+
+    def chunk_end(self, frame: int) -> int:
+        """One past the last frame of the chunk that `frame` belongs to."""
+        return (frame // self.chunk + 1) * self.chunk
+
+    def sees(self, end: int, frame: int) -> bool:
+        """Whether a chunk that ends before `end` sees `frame`, one of its own or an earlier one."""
+        return frame < end and (frame >= end - self.window or frame < self.sink)
+
+
+class Context(Protocol):
+    """Where the frames of a pass stand in the stream, and what they attend to."""
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Absolute index of each latent frame of the pass."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one layer, (b, n, h, d)."""
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every frame sees every frame: bidirectional."""
+
+    frames: int
+
+    @property
+    def positions(self) -> Sequence[int]:
+        return range(self.frames)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Frames at `positions`, where query frame i sees key frame j if `mask[i, j]`."""
+
+    positions: Sequence[int]
+    mask: Tensor
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens = q.shape[1] // len(self.positions)
+        mask = self.mask.to(q.device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        return attention(q, k, v, mask)
+
+
+def teacher_forcing(frames: int, history: History) -> Masked:
+    """Clean frames followed by the same frames noisy, (2·frames) in all.
+
+    A clean chunk sees itself and the earlier clean chunks; a noisy chunk sees itself and the
+    earlier clean chunks; both as far as the window and the sink reach.
+    """
+    allowed = torch.zeros(2 * frames, 2 * frames, dtype=torch.bool)
+    for query in range(frames):
+        end = min(history.chunk_end(query), frames)
+        start = query // history.chunk * history.chunk
+        for key in range(frames):
+            visible = history.sees(history.chunk_end(query), key) and key < end
+            allowed[query, key] = visible
+            allowed[frames + query, key] = visible and key < start
+            allowed[frames + query, frames + key] = start <= key < end
+    return Masked((*range(frames), *range(frames)), allowed)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention over (b, n, h, d)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

@@ -1,0 +1,42 @@
+"""Rotary positions over (frame, row, column), split as Wan does it.
+
+Of head size d the row and the column each take 2·⌊d/6⌋ channels, the frame the rest; each axis has
+its own frequency table 10000^(−2i/d_axis). Neighbouring channels form a complex pair. Angles are
+computed in float64 from the absolute frame index, so any index is exact; no table limits a stream's length.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rotation(frames: Sequence[int], rows: int, columns: int, head_dim: int, device: torch.device) -> Tensor:
+    """Angles' (cos, sin) for every token: (2, len(frames)·rows·columns, head_dim/2) float32."""
+    side = 2 * (head_dim // 6)
+    f, y, x = (
+        _angles(positions, width)
+        for positions, width in ((frames, head_dim - 2 * side), (range(rows), side), (range(columns), side))
+    )
+    grid = (len(f), rows, columns)
+    angles = torch.cat(
+        [
+            f[:, None, None].expand(*grid, -1),
+            y[None, :, None].expand(*grid, -1),
+            x[None, None, :].expand(*grid, -1),
+        ],
+        dim=-1,
+    ).flatten(0, 2)
+    return torch.stack([angles.cos(), angles.sin()]).to(device=device, dtype=torch.float32)
+
+
+def _angles(positions: Sequence[int], width: int) -> Tensor:
+    exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
+    return torch.tensor(list(positions), dtype=torch.float64)[:, None] * 10000.0**-exponent
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate tokens x (b, n, h, d), in float32, by `rotation` (2, n, d/2)."""
+    cos, sin = rotation[:, None, :, None, :].unbind(0)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

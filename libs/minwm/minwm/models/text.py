@@ -1,0 +1,14 @@
+"""Prompts as bytes, for presets that embed text themselves."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BYTE_VOCABULARY = 257  # 0 is "no byte"; byte b is b + 1
+
+
+def byte_tokens(prompts: Sequence[str], length: int) -> Tensor:
+    """(b, length) int64: each prompt's first `length` UTF-8 bytes, padded with 0."""
+    rows = [[byte + 1 for byte in prompt.encode()[:length]] for prompt in prompts]
+    return torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int64)

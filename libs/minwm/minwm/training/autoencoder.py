@@ -1,0 +1,72 @@
+"""Stage 0: the tiny streaming autoencoder, on the game's own frames.
+
+Loss: absolute error, plus the absolute error of the picture's gradients (keeps edges that a plain
+mean would blur), plus a light pull of the latents towards unit size so that they stay bounded.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minwm.data.episode import Episode
+from minwm.models.autoencoder import FRAMES_PER_LATENT, Autoencoder, AutoencoderConfig
+from minwm.models.checkpoints import save_autoencoder
+from minwm.training.draw import Draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderStageConfig:
+    """`latent_frames` per sample; the first one's loss counts like the others'."""
+
+    model: AutoencoderConfig = AutoencoderConfig()
+    latent_frames: int = 3
+    edge_weight: float = 1.0
+    latent_weight: float = 1e-4
+
+
+class AutoencoderStage:
+    """Trains encoder and decoder together; calibrates the latents' statistics on export."""
+
+    frozen: Mapping[str, nn.Module] = {}
+
+    def __init__(self, config: AutoencoderStageConfig, seed: int) -> None:
+        torch.manual_seed(seed)
+        self._config = config
+        self.model = Autoencoder(config.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.networks: Mapping[str, nn.Module] = {"autoencoder": self.model}
+        self._seen: list[Tensor] = []
+
+    def turns(self, step: int) -> Sequence[str]:
+        return ("autoencoder",)
+
+    def prepare(self, samples: Sequence[Episode], draw: Draw) -> Tensor:
+        """Random windows (b, 4f, 3, y, x) in [0, 1], mirrored half of the time."""
+        length = self._config.latent_frames * FRAMES_PER_LATENT
+        windows = []
+        for episode, place, mirror in zip(samples, draw.uniform("start"), draw.uniform("mirror"), strict=True):
+            start = int(place * (len(episode.frames) - length + 1))
+            window = torch.from_numpy(episode.frames[start : start + length])
+            windows.append(window.flip(2) if mirror < 0.5 else window)
+        return torch.stack(windows).permute(0, 1, 4, 2, 3).float() / 255
+
+    def loss(self, turn: str, batch: Tensor, draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        latents, _ = self.model.encode(batch)
+        frames, _ = self.model.decode(latents)
+        self._seen = [*self._seen[-63:], latents.detach().float()]
+        error = frames.float() - batch
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        size = latents.float().square().mean()
+        loss = error.abs().mean() + self._config.edge_weight * edges + self._config.latent_weight * size
+        psnr = -10 * error.detach().square().mean().log10()
+        return loss, {"psnr": float(psnr), "latent_rms": float(size.detach().sqrt())}
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def export(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self.model.calibrate(torch.cat(self._seen))
+        save_autoencoder(folder, self.model, about)

@@ -1,0 +1,65 @@
+"""Stage 1: bidirectional flow matching with camera control.
+
+All frames of a clip share one noise level and see each other. In a share of the samples the first
+latent frame is given clean, which teaches the model to go on from an image.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from minwm.data.clips import Clip
+from minwm.diffusion import flow
+from minwm.models.backbones import Backbone, save_backbone
+from minwm.models.context import Full
+from minwm.training.batch import Batch, WindowConfig, cut_windows
+from minwm.training.draw import Draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class BidirectionalConfig:
+    """`image_share`: share of samples whose first latent frame is given clean."""
+
+    window: WindowConfig = WindowConfig()
+    image_share: float = 0.5
+
+
+class Bidirectional:
+    """Regress the velocity of whole clips."""
+
+    def __init__(self, config: BidirectionalConfig, backbone: Backbone) -> None:
+        self._config, self._backbone = config, backbone
+        self.networks: Mapping[str, nn.Module] = {"generator": backbone.model}
+        self.frozen: Mapping[str, nn.Module] = {}
+
+    def turns(self, step: int) -> Sequence[str]:
+        return ("generator",)
+
+    def prepare(self, samples: Sequence[Clip], draw: Draw) -> Batch:
+        return cut_windows(samples, draw, self._config.window, self._backbone.text_length)
+
+    def loss(self, turn: str, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        clean = batch.latents
+        f = clean.shape[1]
+        noise = draw.normal("noise", clean.shape[1:])
+        sigma = flow.warp(draw.uniform("level"), self._backbone.config.shift)[:, None].repeat(1, f)
+        sigma[draw.uniform("image") < self._config.image_share, 0] = 0.0
+        model = self._backbone.model
+        predicted = model(
+            flow.add_noise(clean, noise, sigma),
+            sigma * flow.TIMESTEPS,
+            model.prompt(batch.text),
+            Full(f),
+            batch.cameras,
+        )
+        error = (predicted.float() - flow.velocity(clean, noise)).square().mean((2, 3, 4))
+        return error[sigma > 0].mean(), {}
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def export(self, folder: Path, about: Mapping[str, Any]) -> None:
+        save_backbone(folder, self._backbone, about)

@@ -1,0 +1,101 @@
+"""Recipes: YAML that says which stage to train, on what, from which weights, and for how long.
+
+stage: autoregressive
+data: runs/demo/data          # a dataset folder
+backbone: models/wan-doom/base   # a model folder, or `preset:NAME` for random weights
+run: {steps: 30, batch_size: 4}
+optimizers: {generator: {learning_rate: 1e-4}}
+method: {window: {frames: 8}}    # the stage's own configuration
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minwm.config import build, load_yaml
+from minwm.data.clips import load_clips
+from minwm.data.episode import load_episodes
+from minwm.errors import ConfigError
+from minwm.models.backbones import Backbone, load_backbone, new_backbone
+from minwm.training.autoencoder import AutoencoderStage, AutoencoderStageConfig
+from minwm.training.autoregressive import Autoregressive, AutoregressiveConfig
+from minwm.training.bidirectional import Bidirectional, BidirectionalConfig
+from minwm.training.consistency import Consistency, ConsistencyConfig
+from minwm.training.dmd import DMD, DMDConfig
+from minwm.training.engine import OptimizerConfig
+from minwm.training.loop import Progress, RunConfig, train
+from minwm.training.stage import Stage
+
+PRESET = "preset:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run."""
+
+    stage: str
+    data: Path
+    run: RunConfig
+    optimizers: dict[str, OptimizerConfig]
+    backbone: str = ""
+    method: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.stage not in _STAGES:
+            raise ConfigError(f"stage: {self.stage!r} is unknown, expected one of {', '.join(sorted(_STAGES))}")
+        if self.stage != "autoencoder" and not self.backbone:
+            raise ConfigError(f"backbone: is required by stage {self.stage!r}: a model folder or preset:NAME")
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, with `key.path=value` overrides applied. Raises ConfigError for whatever is wrong in it."""
+    return build(Recipe, load_yaml(path, overrides))
+
+
+def run_recipe(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Path:
+    """Train; the exported model's folder."""
+    about = {"stage": recipe.stage, "data": str(recipe.data), "from": recipe.backbone}
+    stage, samples, digest = _STAGES[recipe.stage](recipe)
+    train(stage, samples, recipe.run, recipe.optimizers, folder, {**about, "dataset": digest}, progress)
+    return folder / "model"
+
+
+def _backbone(recipe: Recipe) -> Backbone:
+    if recipe.backbone.startswith(PRESET):
+        return new_backbone(recipe.backbone.removeprefix(PRESET), recipe.run.seed)
+    return load_backbone(Path(recipe.backbone))
+
+
+_Prepared = tuple[Stage, Sequence[Any], str]
+
+
+def _autoencoder(recipe: Recipe) -> _Prepared:
+    config = build(AutoencoderStageConfig, recipe.method, "method")
+    episodes, manifest = load_episodes(recipe.data)
+    return AutoencoderStage(config, recipe.run.seed), episodes, manifest.digest()
+
+
+def _on_clips(make: Callable[[Recipe], Stage]) -> Callable[[Recipe], _Prepared]:
+    def prepare(recipe: Recipe) -> _Prepared:
+        stage = make(recipe)
+        clips, manifest = load_clips(recipe.data, "train")
+        return stage, clips, manifest.digest()
+
+    return prepare
+
+
+def _dmd(recipe: Recipe) -> Stage:
+    config = build(DMDConfig, recipe.method, "method")
+    return DMD(config, _backbone(recipe), load_backbone(config.score))
+
+
+_STAGES: dict[str, Callable[[Recipe], _Prepared]] = {
+    "autoencoder": _autoencoder,
+    "bidirectional": _on_clips(lambda r: Bidirectional(build(BidirectionalConfig, r.method, "method"), _backbone(r))),
+    "autoregressive": _on_clips(
+        lambda r: Autoregressive(build(AutoregressiveConfig, r.method, "method"), _backbone(r))
+    ),
+    "consistency": _on_clips(lambda r: Consistency(build(ConsistencyConfig, r.method, "method"), _backbone(r))),
+    "dmd": _on_clips(_dmd),
+}
