@@ -1,7 +1,203 @@
-"""Settings of the whole test tree."""
+"""Settings and small parts that the whole test tree shares: tiny random models, clips, episodes and a world."""
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pytest
+import torch
 from hypothesis import settings
+from numpy.typing import NDArray
+from torch import nn
+
+from minwm.data.clips import Clip, frames_to_mp4
+from minwm.data.episode import Episode
+from minwm.diffusion.flow import schedule
+from minwm.geometry.camera import relative_viewmats
+from minwm.geometry.live import CameraVelocity, Speeds, advance
+from minwm.models.autoencoder import Autoencoder, AutoencoderConfig
+from minwm.models.backbones import Backbone, save_backbone
+from minwm.models.checkpoints import save_autoencoder
+from minwm.models.context import History
+from minwm.models.presets import WorldConfig
+from minwm.models.prope import Cameras
+from minwm.models.wan import Wan, WanConfig
+from minwm.models.worlds import WorldCard, save_world
 
 # A busy machine makes a test slow, not wrong: pytest-timeout catches what hangs.
 settings.register_profile("minwm", deadline=None, print_blob=True)
 settings.load_profile("minwm")
+
+HEIGHT, WIDTH, FPS = 32, 48, 17.5
+CHANNELS = 4
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads only get in each other's way on tensors as small as the tests'."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Move every parameter off its initial value: what starts as zero or one must not hide a mistake."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+
+
+class NewBackbone(Protocol):
+    """See the fixture `new_backbone`."""
+
+    def __call__(self, history: History = ..., *, seed: int = 0) -> Backbone: ...
+
+
+@pytest.fixture
+def new_backbone() -> NewBackbone:
+    """Makes tiny backbones with random weights: latents have 4 channels and even sides."""
+
+    def make(history: History = History(chunk=2, window=4), *, seed: int = 0) -> Backbone:  # noqa: B008 (frozen)
+        architecture = WanConfig(
+            dim=32, layers=2, heads=2, ffn_dim=48, channels=CHANNELS, frequencies=32, text_dim=8, text_length=12
+        )
+        config = WorldConfig(
+            preset="tiny",
+            architecture=architecture,
+            history=history,
+            shift=3.0,
+            levels={steps: tuple(schedule(steps, 3.0)) for steps in (1, 2, 4)},
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Wan(architecture)
+        randomise(model, seed)
+        return Backbone(model, config)
+
+    return make
+
+
+@pytest.fixture
+def tiny_backbone(new_backbone: NewBackbone) -> Backbone:
+    """Chunks of 2, window 4."""
+    return new_backbone()
+
+
+@pytest.fixture
+def tiny_autoencoder() -> Autoencoder:
+    """Random weights, and statistics that are not those of an uncalibrated one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Autoencoder(AutoencoderConfig(latent_channels=CHANNELS, widths=(6, 8, 10)))
+        model.calibrate(0.3 + 0.5 * torch.randn(2, 8, CHANNELS, 4, 4))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_world(tmp_path: Path, tiny_backbone: Backbone, tiny_autoencoder: Autoencoder) -> Path:
+    """The folder of a world model `tiny`: 32×48 pixels, chunks of 8 frames, start images `hall` and `yard`."""
+    parts, world = tmp_path / "parts", tmp_path / "tiny-world"
+    parts.mkdir()
+    save_backbone(parts / "backbone", tiny_backbone, {})
+    save_autoencoder(parts / "autoencoder", tiny_autoencoder)
+    card = WorldCard(
+        name="tiny",
+        height=HEIGHT,
+        width=WIDTH,
+        fps=FPS,
+        intrinsics=(0.5, 0.75, 0.5, 0.5),
+        speeds=Speeds(move=4.0, turn=70.0),
+        steps=2,
+    )
+    pictures = np.random.default_rng(0).integers(0, 256, (2, HEIGHT, WIDTH, 3), np.uint8)
+    save_world(
+        world, card, parts / "backbone", parts / "autoencoder", dict(zip(("hall", "yard"), pictures, strict=True))
+    )
+    return world
+
+
+def _velocity(values: NDArray[np.float64]) -> CameraVelocity:
+    forward, right, up, yaw, pitch = values.tolist()
+    return CameraVelocity(forward=forward, right=right, up=up, yaw=yaw, pitch=pitch)
+
+
+def random_walk(random: np.random.Generator, frames: int) -> NDArray[np.float64]:
+    """Poses (frames, 4, 4) of a camera that moves and turns at random, starting anywhere."""
+    pose = advance(np.eye(4), _velocity(random.normal(0, 30, 5)), 1.0)
+    poses = []
+    for _ in range(frames):
+        pose = advance(pose, _velocity(random.normal(0, (2, 2, 1, 40, 20))), 0.2)
+        poses.append(pose)
+    return np.stack(poses)
+
+
+@pytest.fixture
+def new_cameras() -> Callable[[int, int], Cameras]:
+    """Makes cameras (batch, frames) that move and turn in every direction, each stream with its own intrinsics."""
+
+    def make(batch: int, frames: int) -> Cameras:
+        random = np.random.default_rng(3)
+        viewmats = np.stack([relative_viewmats(random_walk(random, frames)) for _ in range(batch)])
+        intrinsics = random.uniform(0.4, 0.9, (batch, 4)).astype(np.float32)
+        return Cameras(torch.from_numpy(viewmats), torch.from_numpy(intrinsics))
+
+    return make
+
+
+@pytest.fixture
+def new_clips() -> Callable[[int, int], list[Clip]]:
+    """Makes `count` random clips of `frames` latent frames (4 × 4 × 6)."""
+
+    def make(count: int, frames: int) -> list[Clip]:
+        random = np.random.default_rng(7)
+        picture = random.integers(0, 256, (1, HEIGHT, WIDTH, 3), np.uint8)
+        return [
+            Clip(
+                name=f"clip-{number}",
+                episode=f"episode-{number}",
+                split="train",
+                caption=f"scene {number}",
+                latents=random.standard_normal((frames, CHANNELS, 4, 6)).astype(np.float16),
+                poses=random_walk(random, frames),
+                intrinsics=random.uniform(0.4, 0.9, 4).astype(np.float32),
+                actions=random.integers(0, 81, frames),
+                frames=frames_to_mp4(picture.repeat(4 * frames, axis=0), FPS),
+                notes={},
+            )
+            for number in range(count)
+        ]
+
+    return make
+
+
+@pytest.fixture
+def new_episodes() -> Callable[[int, int], list[Episode]]:
+    """Makes `count` random episodes of `frames` RGB frames (32×48), whose player is blocked nowhere."""
+
+    def make(count: int, frames: int) -> list[Episode]:
+        random = np.random.default_rng(11)
+        episodes = []
+        for number in range(count):
+            right, turn = random.uniform(1, 4), random.uniform(20, 90)
+            pose, poses = np.eye(4), []
+            for _ in range(frames):
+                pose = advance(pose, CameraVelocity(right=right, yaw=turn), 1 / FPS)
+                poses.append(pose)
+            episodes.append(
+                Episode(
+                    name=f"episode-{number}",
+                    frames=random.integers(0, 256, (frames, HEIGHT, WIDTH, 3), np.uint8),
+                    poses=np.stack(poses),
+                    intrinsics=np.array([0.5, 0.75, 0.5, 0.5], np.float32),
+                    commands=np.tile(np.array([0.0, right, turn], np.float32), (frames, 1)),
+                    labels=[["GreenTorch"] if frame % 2 else [] for frame in range(frames)],
+                    scene="maze:E1M1",
+                    fps=FPS,
+                )
+            )
+        return episodes
+
+    return make

@@ -35,7 +35,7 @@ class ClipsConfig:
     """
 
     clip_frames: int = 32
-    heldout_every: int = 6
+    heldout_every: int = 5
     max_blocked: float = 0.25
 
     def __post_init__(self) -> None:

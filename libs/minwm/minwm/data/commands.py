@@ -48,7 +48,7 @@ def build(
     out: OUT,
     autoencoder: Annotated[Path, typer.Option(help="Autoencoder folder.")] = Path("models/wan-doom/autoencoder"),
     clip_frames: Annotated[int, typer.Option(help="Latent frames a clip (4 RGB frames each).")] = 32,
-    heldout_every: Annotated[int, typer.Option(help="Keep each n-th episode from training.")] = 6,
+    heldout_every: Annotated[int, typer.Option(help="Keep each n-th episode from training.")] = 5,
 ) -> None:
     """Annotate, encode and cut recordings into clips, and write them as shards with a manifest."""
     import torch

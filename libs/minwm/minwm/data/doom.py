@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from minwm.data.episode import Episode
 from minwm.errors import ConfigError, DataError
+from minwm.geometry.camera import intrinsics_for_fov
 
 TICS_PER_SECOND = 35
 TICS_PER_FRAME = 2
 FPS = TICS_PER_SECOND / TICS_PER_FRAME
 MAP_UNITS_PER_WORLD_UNIT = 32.0
 RENDER_SIZE = (240, 320)
+PIXEL_HEIGHT = 1.2
 START_TICS = 14  # the game ignores its player for the first tics of a map
 
 _HIDDEN = ("hud", "weapon", "crosshair", "decals", "particles", "effects_sprites", "messages", "screen_flashes")
@@ -53,8 +55,11 @@ class DoomConfig:
 
 
 def intrinsics(height: int, width: int) -> NDArray[np.float32]:
-    """fx fy cx cy normalised by image size, for Doom's 90° horizontal field of view and square pixels."""
-    return np.array([0.5, 0.5 * width / height, 0.5, 0.5], np.float32)
+    """fx fy cx cy normalised by image size, for Doom's 90° horizontal field of view.
+
+    Doom draws its pixels 1.2 times as high as wide, and the engine keeps that at any size (measured on walls).
+    """
+    return intrinsics_for_fov(90.0, height, width, pixel_height=PIXEL_HEIGHT)
 
 
 def record(config: DoomConfig) -> Iterator[Episode]:

@@ -75,14 +75,19 @@ def se3_exp(twist: NDArray[np.float64]) -> NDArray[np.float64]:
     return motion
 
 
-def intrinsics_for_fov(horizontal_degrees: float, height: int, width: int) -> NDArray[np.float32]:
-    """fx fy cx cy (4,) of a camera with square pixels. Raises ConfigError for an impossible angle or size."""
+def intrinsics_for_fov(
+    horizontal_degrees: float, height: int, width: int, *, pixel_height: float = 1.0
+) -> NDArray[np.float32]:
+    """fx fy cx cy (4,) of a centred camera; `pixel_height` is that of a pixel whose width is 1.
+
+    Raises ConfigError for an impossible angle or size.
+    """
     if not 0 < horizontal_degrees < 180:
         raise ConfigError(f"horizontal_degrees={horizontal_degrees}: expected an angle between 0 and 180")
     if height < 1 or width < 1:
         raise ConfigError(f"height={height}, width={width}: expected a picture of at least one pixel")
     fx = 0.5 / math.tan(math.radians(horizontal_degrees) / 2)
-    return np.array([fx, fx * width / height, 0.5, 0.5], np.float32)
+    return np.array([fx, fx * pixel_height * width / height, 0.5, 0.5], np.float32)
 
 
 def rotation_angle(rotation: NDArray[np.float64]) -> NDArray[np.float64]:

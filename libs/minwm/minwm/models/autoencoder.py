@@ -188,7 +188,10 @@ class Autoencoder(nn.Module):
 
         Frames are in [0, 1] but for small overshoots, which are left for the caller to clamp.
         """
-        memory = _Memory(state)
+        if latents.shape[1] == 0:
+            b, _, _, y, x = latents.shape
+            return latents.new_zeros(b, 0, 3, PIXELS_PER_LATENT * y, PIXELS_PER_LATENT * x), state or ()
+        memory = _Memory(state or None)
         z = latents * _channels(self.latent_std, latents) + _channels(self.latent_mean, latents)
         frames = self.decoder(z, memory)
         return (frames + 1) / 2, tuple(memory.new)

@@ -51,11 +51,11 @@ class WanConfig:
         """Tokens of one latent frame of rows × columns."""
         return (rows // self.patch[0]) * (columns // self.patch[1])
 
-    def cache_geometry(self, rows: int, columns: int, history: History) -> CacheGeometry:
-        """What a stream of rows × columns latents keeps."""
+    def cache_geometry(self, rows: int, columns: int, history: History, *, cameras: bool = True) -> CacheGeometry:
+        """What a stream of rows × columns latents keeps; one that is run without cameras keeps half."""
         return CacheGeometry(
             layers=self.layers,
-            heads=BRANCHES * self.heads,
+            heads=(BRANCHES if cameras else 1) * self.heads,
             head_dim=self.head_dim,
             tokens_per_frame=self.tokens_per_frame(rows, columns),
             history=history,
@@ -82,6 +82,14 @@ class _Step:
     projection: Projection | None
 
 
+class RMSNorm(nn.RMSNorm):
+    """Over all channels, before heads are split; in the weights' precision also under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as x."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class SelfAttention(nn.Module):
     """RoPE and PRoPE attention as one call over twice the heads."""
 
@@ -89,7 +97,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, config.eps) for _ in range(2))
+        self.norm_q, self.norm_k = (RMSNorm(config.dim, config.eps) for _ in range(2))
         self.prope_o = nn.Linear(config.dim, config.dim)
         nn.init.zeros_(self.prope_o.weight)
         nn.init.zeros_(self.prope_o.bias)
@@ -121,7 +129,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, config.eps) for _ in range(2))
+        self.norm_q, self.norm_k = (RMSNorm(config.dim, config.eps) for _ in range(2))
 
     def prompt(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (b, l, h, d) of embedded text (b, l, dim)."""

@@ -1,7 +1,7 @@
 """Stage 1: bidirectional flow matching with camera control.
 
 All frames of a clip share one noise level and see each other. In a share of the samples the first
-latent frame is given clean, which teaches the model to go on from an image.
+latent frames, one up to half of them, are given clean: the model learns to go on from an image or a past.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minwm.data.clips import Clip
@@ -21,10 +22,10 @@ from minwm.training.draw import Draw
 
 @dataclass(frozen=True, kw_only=True)
 class BidirectionalConfig:
-    """`image_share`: share of samples whose first latent frame is given clean."""
+    """`given_share`: share of samples whose first latent frames are given clean."""
 
     window: WindowConfig = WindowConfig()
-    image_share: float = 0.5
+    given_share: float = 0.7
 
 
 class Bidirectional:
@@ -45,8 +46,9 @@ class Bidirectional:
         clean = batch.latents
         f = clean.shape[1]
         noise = draw.normal("noise", clean.shape[1:])
-        sigma = flow.warp(draw.uniform("level"), self._backbone.config.shift)[:, None].repeat(1, f)
-        sigma[draw.uniform("image") < self._config.image_share, 0] = 0.0
+        level = flow.warp(draw.uniform("level"), self._backbone.config.shift)
+        given = (draw.integer("given", max(1, f // 2)) + 1) * (draw.uniform("has past") < self._config.given_share)
+        sigma = torch.where(torch.arange(f) < given[:, None], 0.0, level[:, None])
         model = self._backbone.model
         predicted = model(
             flow.add_noise(clean, noise, sigma),

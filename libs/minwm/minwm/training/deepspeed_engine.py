@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import HashStore
 
 from minwm.training.engine import OptimizerConfig, make_optimizer
 
@@ -59,5 +58,5 @@ def _join_group() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized() and not torch.distributed.is_torchelastic_launched():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on the launcher's variable
-        torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     deepspeed.init_distributed("gloo")

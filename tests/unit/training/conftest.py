@@ -1,0 +1,61 @@
+"""What the stages' tests share: a batch of random clips, and a record of what a network was asked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minwm.data.clips import Clip
+from minwm.models.backbones import Backbone
+from minwm.models.context import Context
+from minwm.models.prope import Cameras
+from minwm.training.batch import Batch, WindowConfig, cut_windows
+from minwm.training.draw import Draw
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward pass of a `Wan`, as it happened."""
+
+    latents: Tensor
+    timesteps: Tensor
+    prompt: Any
+    context: Context
+    cameras: Cameras | None
+    output: Tensor
+    with_gradient: bool
+
+    @property
+    def sigma(self) -> Tensor:
+        """The noise levels (b, f, 1, 1, 1) that the network was told."""
+        return (self.timesteps / 1000)[:, :, None, None, None]
+
+
+@pytest.fixture
+def record() -> Callable[[nn.Module], list[Call]]:
+    """Watch a network: the list grows by a call each time it runs."""
+
+    def watch(network: nn.Module) -> list[Call]:
+        calls: list[Call] = []
+
+        def note(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            calls.append(Call(*inputs, output=output, with_gradient=torch.is_grad_enabled()))
+
+        network.register_forward_hook(note)
+        return calls
+
+    return watch
+
+
+@pytest.fixture
+def draw() -> Draw:
+    return Draw(seed=1, step=2, samples=range(3))
+
+
+@pytest.fixture
+def batch(new_clips: Callable[[int, int], list[Clip]], tiny_backbone: Backbone, draw: Draw) -> Batch:
+    """Three windows of 8 latent frames."""
+    return cut_windows(new_clips(3, 10), draw, WindowConfig(frames=8), tiny_backbone.text_length)
