@@ -92,7 +92,7 @@ def tiny_autoencoder() -> Autoencoder:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Autoencoder(AutoencoderConfig(latent_channels=CHANNELS, widths=(6, 8, 10)))
-        model.calibrate(0.3 + 0.5 * torch.randn(2, 8, CHANNELS, 4, 4))
+        model.calibrate(torch.randn(CHANNELS), 0.5 + torch.rand(CHANNELS))
     return model.eval().requires_grad_(False)
 
 

@@ -37,7 +37,8 @@ def compile_yaml(
     from minwm_pipelines.recipes import load_recipes
 
     cluster = Cluster(image=image or IMAGE, accelerators=accelerators, cpu=cpu, memory=memory, store_claim=store_claim)
-    typer.echo(compile_pipeline(make_pipeline(load_recipes(recipes), cluster), out))
+    path = compile_pipeline(make_pipeline(load_recipes(recipes), cluster), out)
+    typer.echo(str(path))
 
 
 def run(

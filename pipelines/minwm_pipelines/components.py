@@ -41,10 +41,11 @@ def train_stage(
     dataset: dsl.Input[dsl.Dataset],
     backbone: dsl.Input[dsl.Model],
     model: dsl.Output[dsl.Model],
-    log: dsl.Output[dsl.Artifact],
+    record: dsl.Output[dsl.Artifact],
     score: dsl.Input[dsl.Model] = None,
 ) -> None:
-    """Train one stage from `backbone`'s weights; `log` has a line of JSON per step."""
+    """Train one stage from `backbone`'s weights; `record` has `log.jsonl`, a line per step, and the model's card."""
+    import shutil
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
@@ -62,8 +63,10 @@ def train_stage(
     ):
         report(0)
         run_recipe(config, Path(run), lambda done, total, figures: report(done))
-        Path(run, "log.jsonl").rename(log.path)
-        Path(run, "model").rename(target)
+        Path(record.path, "model").mkdir(parents=True)
+        shutil.move(Path(run, "log.jsonl"), record.path)
+        shutil.copy(Path(run, "model/config.json"), Path(record.path, "model"))
+        shutil.move(Path(run, "model"), target)
     stage = {"recipe": config.stage, "steps": config.run.steps}
     model.metadata.update(dataset=dataset.metadata["digest"], stages=[*backbone.metadata.get("stages", []), stage])
 

@@ -16,13 +16,14 @@ from rich.table import Table
 
 from minwm.artifacts.registry import ModelRegistry, ModelVersion
 from minwm.artifacts.store import DirectoryStore
-from minwm.client.playback import Playback, play_trajectory, write_report, write_video
+from minwm.client import playback as live
 from minwm.errors import ConfigError
+from minwm.evaluation.report import REPORT, ReportInputs, write_report
 from minwm.geometry.trajectory import parse
 from minwm.progress import progress_bar
-from minwm_pipelines.local import run_locally, world_model_arguments
+from minwm_pipelines.local import LocalRun, run_locally, world_model_arguments
 from minwm_pipelines.pipeline import Cluster, make_pipeline
-from minwm_pipelines.recipes import load_recipes
+from minwm_pipelines.recipes import STAGES, load_recipes
 from minwm_pipelines.serving import served
 
 MODEL = "wan-doom"
@@ -33,22 +34,23 @@ VIDEO, LATENCY = "session.mp4", "latency.json"
 
 def run_demo(out: Path, *, recipes: Path, autoencoder: Path, base: Path) -> None:
     """Run all of it; results in `out`. Raises the MinwmError of whatever went wrong."""
-    console = Console(highlight=False)
-    pipeline = make_pipeline(load_recipes(recipes), Cluster())
-    store = out / "store"
-    arguments = world_model_arguments(name=MODEL, store=store, autoencoder=autoencoder, base=base)
-    _start_over(out)
-    console.print("[bold]1. Game play, four training stages, evaluation: a Kubeflow pipeline on this machine")
-    trained = run_locally(pipeline, arguments, out / "pipeline")
-    seconds = dict(trained.seconds)
-    registry = ModelRegistry(DirectoryStore(store))
-    version = registry.get(MODEL)
-    console.print(f"[bold]2. A session on {MODEL}@{version.version}, played live: {TRAJECTORY}")
-    playback = _serve_and_play(registry.fetch(f"{MODEL}@{version.version}", out / "world"), out, seconds)
-    console.print("[bold]3. Results")
-    with _timed(seconds, "Writing the video"), progress_bar("Writing the video", len(playback.played)) as report:
-        write_video(playback, out / VIDEO, lambda done, total: report(done))
-    write_report(playback.report, out / LATENCY)
+    console = Console(highlight=False, soft_wrap=True)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "all"):
+        pipeline = make_pipeline(load_recipes(recipes), Cluster())
+        store = out / "store"
+        arguments = world_model_arguments(name=MODEL, store=store, autoencoder=autoencoder, base=base)
+        _start_over(out)
+        console.print("[bold]1. From game play to a registered model, as a Kubeflow pipeline on this machine")
+        trained = run_locally(pipeline, arguments, out / "pipeline")
+        seconds |= trained.seconds
+        registry = ModelRegistry(DirectoryStore(store))
+        version = registry.get(MODEL)
+        console.print(f"[bold]2. A session on {MODEL}@{version.version}, played live: {TRAJECTORY}")
+        playback = _serve_and_play(registry.fetch(f"{MODEL}@latest", out / "world"), out, seconds)
+        console.print("[bold]3. The video and the report")
+        with _timed(seconds, "Video and report"):
+            _write_results(out, trained, version, playback)
     _summarize(console, out, version, playback, seconds)
 
 
@@ -62,7 +64,7 @@ def _start_over(out: Path) -> None:
     (out / MARKER).touch()
 
 
-def _serve_and_play(world: Path, out: Path, seconds: dict[str, float]) -> Playback:
+def _serve_and_play(world: Path, out: Path, seconds: dict[str, float]) -> live.Playback:
     steps = parse(TRAJECTORY)
     with ExitStack() as stack:
         with _timed(seconds, "Starting the service"), progress_bar("Starting the service", 1) as report:
@@ -70,26 +72,40 @@ def _serve_and_play(world: Path, out: Path, seconds: dict[str, float]) -> Playba
             report(1)
         chunks = sum(step.count for step in steps)
         with _timed(seconds, "Playing"), progress_bar("Playing", chunks) as report:
-            return asyncio.run(play_trajectory(address, steps, progress=lambda done, total: report(done)))
+            return asyncio.run(live.play_trajectory(address, steps, progress=lambda done, total: report(done)))
+
+
+def _write_results(out: Path, trained: LocalRun, version: ModelVersion, playback: live.Playback) -> None:
+    live.write_report(playback.report, out / LATENCY)
+    with progress_bar("Writing the video", len(playback.played)) as report:
+        live.write_video(playback, out / VIDEO, lambda done, total: report(done))
+    inputs = ReportInputs(
+        title=f"{MODEL}: the demo",
+        evaluation=Path(trained.outputs["evaluation"].path),
+        session_video=out / VIDEO,
+        latency=out / LATENCY,
+        stages={stage: Path(trained.outputs[f"{stage}_record"].path) for stage in STAGES},
+        registered=version,
+    )
+    write_report(out, inputs)
 
 
 def _summarize(
-    console: Console, out: Path, version: ModelVersion, playback: Playback, seconds: Mapping[str, float]
+    console: Console, out: Path, version: ModelVersion, playback: live.Playback, seconds: Mapping[str, float]
 ) -> None:
     phases = Table("phase", "seconds")
-    for phase, duration in seconds.items():
-        phases.add_row(phase, f"{duration:.1f}")
-    phases.add_row("all", f"{sum(seconds.values()):.1f}", style="bold")
+    for phase in sorted(seconds, key=lambda phase: phase == "all"):
+        phases.add_row(phase, f"{seconds[phase]:.1f}")
     console.print(phases)
-    metrics, played = version.metrics, playback.report
+    metrics, session = version.metrics, playback.report
     margin, error = metrics["control_margin"], metrics["control_margin_error"]
-    console.print(f"control margin: {margin:+.2%} ± {error:.2%} higher loss with another clip's camera path")
-    latency = played.action_to_frame_seconds
-    console.print(
-        f"first frame after {played.time_to_first_frame_seconds:.2f} s, {played.frames_per_second:.1f} frames/s"
-    )
-    console.print(f"action to frame: P50 {latency.p50:.2f} s, P95 {latency.p95:.2f} s")
-    console.print(f"[bold green]video[/]  {out / VIDEO}")
+    latency = session.action_to_frame_seconds
+    console.print(f"Control margin: told another clip's camera path, the loss changes by {margin:+.2%} ± {error:.2%}")
+    first, pace = session.time_to_first_frame_seconds, session.frames_per_second
+    console.print(f"First frame after {first:.2f} s, then {pace:.1f} frames/s ({session.late_chunks} late chunks)")
+    console.print(f"Action to frame: P50 {latency.p50:.2f} s, P95 {latency.p95:.2f} s")
+    console.print(f"[bold green]Video[/]   {out / VIDEO}")
+    console.print(f"[bold green]Report[/]  {out / REPORT}")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -125,8 +126,8 @@ class _Display(io.TextIOBase):
 
     def seconds(self) -> dict[str, float]:
         """How long each step took, until the next one began or until now."""
-        ends = [*list(self._started.values())[1:], time.monotonic()]
-        return {title: end - start for (title, start), end in zip(self._started.items(), ends, strict=True)}
+        moments = [*self._started.values(), time.monotonic()]
+        return {title: end - start for title, (start, end) in zip(self._started, pairwise(moments), strict=True)}
 
     def failure(self, summary: str) -> str:
         """What to tell a person: the step, and the exception at the end of its last traceback."""

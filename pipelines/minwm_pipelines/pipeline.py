@@ -38,16 +38,16 @@ class Cluster:
 
 
 class Outputs(NamedTuple):
-    """What a run leaves: logs have a line of JSON per step, `version` is the registry's number."""
+    """What a run leaves: a stage's record has its log and its model's card; `version` is the registry's number."""
 
     dataset: dsl.Dataset
     world: dsl.Model
     evaluation: dsl.Artifact
     metrics: dsl.Metrics
-    bidirectional_log: dsl.Artifact
-    autoregressive_log: dsl.Artifact
-    consistency_log: dsl.Artifact
-    dmd_log: dsl.Artifact
+    bidirectional_record: dsl.Artifact
+    autoregressive_record: dsl.Artifact
+    consistency_record: dsl.Artifact
+    dmd_record: dsl.Artifact
     version: int
 
 
@@ -105,10 +105,10 @@ def make_pipeline(recipes: Mapping[str, str], cluster: Cluster) -> GraphComponen
             world=world,
             evaluation=evaluated.outputs["evaluation"],
             metrics=evaluated.outputs["metrics"],
-            bidirectional_log=bidirectional.outputs["log"],
-            autoregressive_log=autoregressive.outputs["log"],
-            consistency_log=consistency.outputs["log"],
-            dmd_log=dmd.outputs["log"],
+            bidirectional_record=bidirectional.outputs["record"],
+            autoregressive_record=autoregressive.outputs["record"],
+            consistency_record=consistency.outputs["record"],
+            dmd_record=dmd.outputs["record"],
             version=registered.outputs["Output"],
         )
 

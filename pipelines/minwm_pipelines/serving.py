@@ -51,7 +51,7 @@ async def _wait_until_ready(address: str, process: "subprocess.Popen[bytes]", lo
             return
         except SessionError as error:
             if process.poll() is not None:
-                last = " / ".join(log.read_text().strip().splitlines()[-_LAST_LINES:])
+                last = " ".join(" ".join(log.read_text().splitlines()[-_LAST_LINES:]).split())
                 raise SessionError(f"the session service ended while starting: {last}") from error
             if time.monotonic() > deadline:
                 raise SessionError(

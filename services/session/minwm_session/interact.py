@@ -119,8 +119,8 @@ class _Interaction:
         finally:
             for task in tasks:
                 task.cancel()
+            self._host.metrics.ends.labels(reason).inc()  # first: whoever sees the slot free finds the end counted
             self._host.close(self._session)
-            self._host.metrics.ends.labels(reason).inc()
 
     def _end(self, reason: pb.EndReason) -> None:
         self._outbox.put_nowait(pb.ServerEvent(ended=pb.Ended(reason=reason)))

@@ -31,7 +31,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     autoencoder = Autoencoder(AutoencoderConfig(widths=(8, 8, 16)))
-    autoencoder.calibrate(torch.randn(4, 2, 16, 4, 6))
+    autoencoder.calibrate(torch.randn(16), 0.5 + torch.rand(16))
     save_autoencoder(folder / "autoencoder", autoencoder)
     config = WorldConfig(
         preset="tiny",
@@ -109,11 +109,13 @@ def test_metrics_of_the_evaluation_are_registered(finished: tuple[Path, LocalRun
     assert metrics and metrics == result.outputs["metrics"].metadata
 
 
-def test_every_stage_leaves_a_log_with_a_line_per_step(finished: tuple[Path, LocalRun]) -> None:
+def test_every_stage_leaves_its_log_and_its_models_card(finished: tuple[Path, LocalRun]) -> None:
     _, result = finished
     for stage in STAGES:
-        lines = Path(result.outputs[f"{stage}_log"].path).read_text().splitlines()
+        record = Path(result.outputs[f"{stage}_record"].path)
+        lines = (record / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(STEPS)), stage
+        assert json.loads((record / "model/config.json").read_text())["about"]["stage"] == stage
 
 
 def test_seconds_are_told_for_every_step(finished: tuple[Path, LocalRun]) -> None:

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from minwm.errors import ConfigError
 from minwm.geometry.trajectory import parse
+from minwm.progress import progress_bar
 
 
 def register(app: typer.Typer) -> None:
@@ -32,9 +32,7 @@ def play(
     from minwm.client.playback import play_trajectory, write_report, write_video  # gRPC takes a while to import
 
     steps = parse(trajectory)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns) as bars:
-        playing = bars.add_task("Playing", total=sum(step.count for step in steps))
+    with progress_bar("Playing", sum(step.count for step in steps)) as show:
         playback = asyncio.run(
             play_trajectory(
                 address,
@@ -43,11 +41,11 @@ def play(
                 prompt=prompt,
                 start=_start(start),
                 seed=seed,
-                progress=lambda done, _: bars.update(playing, completed=done),
+                progress=lambda done, _: show(done),
             )
         )
-        writing = bars.add_task("Writing the video", total=playback.report.chunks)
-        write_video(playback, out, lambda done, _: bars.update(writing, completed=done))
+    with progress_bar("Writing the video", playback.report.chunks) as show:
+        write_video(playback, out, lambda done, _: show(done))
     if report is not None:
         write_report(playback.report, report)
     figures = playback.report

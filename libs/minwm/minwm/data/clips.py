@@ -84,7 +84,7 @@ class Clip:
             return cls(name=name, frames=files["mp4"], **arrays, **about)
         except KeyError as error:
             raise DataError(f"clip {name}: lacks the file {error.args[0]}, has {sorted(files)}") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, EOFError) as error:
             raise DataError(f"clip {name}: cannot be read ({error})") from error
 
 

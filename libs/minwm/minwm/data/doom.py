@@ -6,6 +6,7 @@ crosshair and particles are hidden. World unit: 32 map units. Cuts, filters and 
 """
 
 import math
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,8 @@ class DoomConfig:
 
     def __post_init__(self) -> None:
         for scene in self.scenes:
-            if not _wad_path(scene).is_file() or ":" not in scene:
+            path, _, level = (_wad_path(scene), *scene.partition(":")[1:])
+            if not path.is_file() or level not in _lumps(path):
                 raise ConfigError(f"scenes: no such scene {scene!r}, expected wad:map such as freedoom1:E1M3")
         if self.episodes < 1 or self.frames_per_episode < 1:
             raise ConfigError(
@@ -104,6 +106,14 @@ def _record_one(config: DoomConfig, index: int) -> Episode:
 
 def _wad_path(scene: str) -> Path:
     return Path(vizdoom.__file__).parent / f"{scene.partition(':')[0]}.wad"
+
+
+def _lumps(path: Path) -> set[str]:
+    """The names in a WAD file's directory. (The game plays another map, silently, when it lacks the one asked for.)"""
+    content = path.read_bytes()
+    count, offset = struct.unpack_from("<ii", content, 4)
+    entries = struct.iter_unpack("<ii8s", content[offset : offset + 16 * count])
+    return {name.rstrip(b"\0").decode("ascii", "replace") for _, _, name in entries}
 
 
 def _open_game(scene: str, seed: int) -> vizdoom.DoomGame:

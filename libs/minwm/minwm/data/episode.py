@@ -5,6 +5,8 @@ z forward), one per frame; commands are what the player asked for, which walls m
 """
 
 import io
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from minwm.data.video import decode_video, encode_video
 from minwm.errors import DataError
 
 KIND = "episodes"
+_TRACK = ("poses", "intrinsics", "commands", "labels", "scene", "fps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +70,25 @@ class Episode:
 
     @classmethod
     def from_files(cls, name: str, files: dict[str, bytes]) -> "Episode":
-        """The inverse of `to_files`. Raises DataError for missing files and truncated video."""
+        """The inverse of `to_files`. Raises DataError for missing, damaged and truncated files."""
         for needed in ("frames.mkv", "track.npz"):
             if needed not in files:
                 raise DataError(f"episode {name}: lacks {needed}, has {sorted(files)}")
-        with np.load(io.BytesIO(files["track.npz"])) as track:
-            frames = decode_video(files["frames.mkv"], where=f"episode {name}", expect=len(track["poses"]))
-            return cls(
-                name=name,
-                frames=frames,
-                poses=track["poses"],
-                intrinsics=track["intrinsics"],
-                commands=track["commands"],
-                labels=[text.split(",") if text else [] for text in track["labels"].tolist()],
-                scene=str(track["scene"]),
-                fps=float(track["fps"]),
-            )
+        try:
+            with np.load(io.BytesIO(files["track.npz"])) as archive:
+                track = {field: archive[field] for field in _TRACK}
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"episode {name}: track.npz cannot be read ({error})") from error
+        return cls(
+            name=name,
+            frames=decode_video(files["frames.mkv"], where=f"episode {name}", expect=len(track["poses"])),
+            poses=track["poses"],
+            intrinsics=track["intrinsics"],
+            commands=track["commands"],
+            labels=[text.split(",") if text else [] for text in track["labels"].tolist()],
+            scene=str(track["scene"]),
+            fps=float(track["fps"]),
+        )
 
 
 def write_episodes(

@@ -131,7 +131,7 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
         content = json.loads(path.read_text())
         shards = tuple(Shard(**shard) for shard in content.pop("shards"))
         manifest = Manifest(shards=shards, **content)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a manifest this version can read ({error})") from error
     if manifest.kind != kind or manifest.version != FORMAT_VERSION:
         raise DataError(

@@ -196,12 +196,10 @@ class Autoencoder(nn.Module):
         frames = self.decoder(z, memory)
         return (frames + 1) / 2, tuple(memory.new)
 
-    def calibrate(self, latents: Tensor) -> None:
-        """Set the statistics so that these latents (b, f, c, y, x), encoded before, come out normalised."""
-        dims = (0, 1, 3, 4)
-        mean, std = latents.mean(dims), latents.std(dims)
+    def calibrate(self, mean: Tensor, deviation: Tensor) -> None:
+        """Set the statistics so that latents which come out with this mean and deviation (c,) come out normalised."""
         self.latent_mean.copy_(self.latent_mean + mean * self.latent_std)
-        self.latent_std.copy_(self.latent_std * std)
+        self.latent_std.copy_(self.latent_std * deviation)
 
 
 def _channels(statistics: Tensor, like: Tensor) -> Tensor:

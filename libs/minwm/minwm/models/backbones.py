@@ -37,11 +37,11 @@ def new_backbone(name: str, seed: int) -> Backbone:
 
 
 def load_backbone(folder: Path, dtype: torch.dtype = torch.float32) -> Backbone:
-    """A backbone from its folder. Raises CheckpointError for whatever does not fit."""
-    content = read_config(folder, KIND)
-    levels = content["config"].pop("levels")
-    numbered = {int(steps): tuple(values) for steps, values in levels.items()}  # JSON's keys are strings
-    config = build(WorldConfig, {**content["config"], "levels": numbered}, f"{folder}/{CONFIG}")
+    """A backbone from its folder. Raises CheckpointError or ConfigError for whatever does not fit."""
+    values = read_config(folder, KIND)["config"]
+    if "levels" in values:  # JSON's keys are strings
+        values["levels"] = {int(steps): tuple(levels) for steps, levels in values["levels"].items()}
+    config = build(WorldConfig, values, f"{folder}/{CONFIG}")
     model = Wan(config.architecture)
     load_weights(model, folder)
     return Backbone(model.to(dtype), config)

@@ -36,11 +36,11 @@ def save_model(
 
     An existing folder is replaced. `about` is provenance: free-form, kept in `config.json`.
     """
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    weights = {name: value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, partial / WEIGHTS)
     content = {"kind": kind, "config": asdict(config), "about": dict(about or {})}  # type: ignore[call-overload]
+    weights = {name: value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()}
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    partial.mkdir(parents=True, exist_ok=True)
+    save_file(weights, partial / WEIGHTS)
     (partial / CONFIG).write_text(json.dumps(content, indent=1, default=str))
     if folder.exists():
         for name in (WEIGHTS, CONFIG):
@@ -53,13 +53,26 @@ def save_model(
 
 
 def read_config(folder: Path, kind: str) -> dict[str, Any]:
-    """`config.json` of a model folder. Raises CheckpointError when absent or of another kind."""
+    """`config.json` of a model folder. Raises CheckpointError when absent, damaged or of another kind."""
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder}: not a model folder (it has no {CONFIG})")
-    content: dict[str, Any] = json.loads(path.read_text())
+    content = read_json(path)
     if content.get("kind") != kind:
         raise CheckpointError(f"{folder}: holds a {content.get('kind')!r}, expected a {kind!r}")
+    if not isinstance(content.get("config"), dict):
+        raise CheckpointError(f"{path}: has no configuration of the model, expected a mapping `config`")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises CheckpointError when it is damaged or no mapping."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a mapping, found {type(content).__name__}")
     return content
 
 

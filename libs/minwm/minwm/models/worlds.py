@@ -20,7 +20,7 @@ from minwm.errors import CheckpointError
 from minwm.geometry.live import Speeds
 from minwm.models.autoencoder import Autoencoder
 from minwm.models.backbones import Backbone, load_backbone
-from minwm.models.checkpoints import load_autoencoder
+from minwm.models.checkpoints import load_autoencoder, read_json
 
 WORLD = "world.json"
 
@@ -65,11 +65,11 @@ def save_world(
 
 
 def load_world(folder: Path, dtype: torch.dtype = torch.bfloat16) -> World:
-    """A world ready to generate. Raises CheckpointError when the folder is none, or does not fit."""
+    """A world ready to generate. Raises CheckpointError or ConfigError for whatever does not fit."""
     path = folder / WORLD
     if not path.is_file():
         raise CheckpointError(f"{folder}: not a world model (it has no {WORLD})")
-    card = build(WorldCard, json.loads(path.read_text()), str(path))
+    card = build(WorldCard, read_json(path), str(path))
     backbone = load_backbone(folder / "backbone", dtype)
     backbone.model.eval().requires_grad_(False)
     autoencoder = load_autoencoder(folder / "autoencoder", dtype).requires_grad_(False)

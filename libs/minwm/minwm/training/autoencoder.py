@@ -18,6 +18,9 @@ from minwm.models.checkpoints import save_autoencoder
 from minwm.training.draw import Draw
 
 
+MOMENTS_WEIGHT = 0.02  # of a batch: the statistics are those of about the last fifty
+
+
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderStageConfig:
     """`latent_frames` per sample; the first one's loss counts like the others'."""
@@ -28,17 +31,35 @@ class AutoencoderStageConfig:
     latent_weight: float = 1e-4
 
 
+class _Moments(nn.Module):
+    """Slow averages of the latents' mean and mean square per channel."""
+
+    mean: Tensor
+    square: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("square", torch.ones(channels))
+
+    @torch.no_grad()
+    def update(self, latents: Tensor, weight: float) -> None:
+        """Take in latents (b, f, c, y, x)."""
+        dims = (0, 1, 3, 4)
+        self.mean.lerp_(latents.mean(dims), weight)
+        self.square.lerp_(latents.square().mean(dims), weight)
+
+
 class AutoencoderStage:
     """Trains encoder and decoder together; calibrates the latents' statistics on export."""
-
-    frozen: Mapping[str, nn.Module] = {}
 
     def __init__(self, config: AutoencoderStageConfig, seed: int) -> None:
         torch.manual_seed(seed)
         self._config = config
         self.model = Autoencoder(config.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.networks: Mapping[str, nn.Module] = {"autoencoder": self.model}
-        self._seen: list[Tensor] = []
+        self._moments = _Moments(config.model.latent_channels)
+        self.frozen: Mapping[str, nn.Module] = {"moments": self._moments}
 
     def turns(self, step: int) -> Sequence[str]:
         return ("autoencoder",)
@@ -56,7 +77,7 @@ class AutoencoderStage:
     def loss(self, turn: str, batch: Tensor, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         latents, _ = self.model.encode(batch)
         frames, _ = self.model.decode(latents)
-        self._seen = [*self._seen[-63:], latents.detach().float()]
+        self._moments.update(latents.float(), MOMENTS_WEIGHT)
         error = frames.float() - batch
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         size = latents.float().square().mean()
@@ -68,5 +89,6 @@ class AutoencoderStage:
         pass
 
     def export(self, folder: Path, about: Mapping[str, Any]) -> None:
-        self.model.calibrate(torch.cat(self._seen))
+        deviation = (self._moments.square - self._moments.mean.square()).sqrt()
+        self.model.calibrate(self._moments.mean, deviation)
         save_autoencoder(folder, self.model, about)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minwm.data.clips import Clip
 from minwm.diffusion import flow
+from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone, save_backbone
 from minwm.models.context import Full
 from minwm.training.batch import Batch, WindowConfig, cut_windows
@@ -26,6 +27,12 @@ class BidirectionalConfig:
 
     window: WindowConfig = WindowConfig()
     given_share: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.given_share > 0 and self.window.frames < 2:
+            raise ConfigError(
+                f"window.frames={self.window.frames}: expected at least 2 where given_share={self.given_share}"
+            )
 
 
 class Bidirectional:

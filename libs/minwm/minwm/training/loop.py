@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from minwm.errors import ConfigError, TrainingError
+from minwm.models.checkpoints import check_fit
 from minwm.randomness import generator
 from minwm.training.draw import Draw
 from minwm.training.engine import Engine, EngineName, OptimizerConfig, make_engine
@@ -37,9 +38,11 @@ class RunConfig:
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or self.batch_size % self.accumulation:
+        smallest = min(self.steps, self.batch_size, self.accumulation, self.checkpoint_every)
+        if smallest < 1 or self.batch_size % self.accumulation:
             raise ConfigError(
-                f"run: steps={self.steps}, batch_size={self.batch_size}, accumulation={self.accumulation}: "
+                f"run: steps={self.steps}, batch_size={self.batch_size}, accumulation={self.accumulation}, "
+                f"checkpoint_every={self.checkpoint_every}: "
                 "expected positive numbers and a batch that divides into the parts"
             )
 
@@ -66,6 +69,7 @@ def train(
     start = _resume(folder, stage, engines, run)
     order = _Order(run.seed, len(samples))
     started = time.monotonic()
+    _keep_lines(folder / "log.jsonl", start)
     with (folder / "log.jsonl").open("a") as log:
         for step in range(start, run.steps):
             figures = _step(stage, engines, samples, order, run, optimizers, step)
@@ -111,6 +115,12 @@ def _step(
     return figures
 
 
+def _keep_lines(log: Path, count: int) -> None:
+    """Cut a log, a line per step, after `count` lines: steps after the checkpoint are done, and logged, again."""
+    if log.is_file():
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:count]))
+
+
 class _Order:
     """An endless order of a dataset's samples, shuffled anew, by key, in every epoch."""
 
@@ -146,7 +156,13 @@ def _resume(folder: Path, stage: Stage, engines: dict[str, Engine], run: RunConf
     state = torch.load(path, weights_only=True)
     if state["seed"] != run.seed:
         raise TrainingError(f"{path}: was made with seed {state['seed']}, this run has {run.seed}; use another folder")
-    for name, network in {**stage.networks, **stage.frozen}.items():
+    networks = {**stage.networks, **stage.frozen}
+    if networks.keys() != state["networks"].keys():
+        raise TrainingError(
+            f"{path}: holds the networks {sorted(state['networks'])}, this run has {sorted(networks)}; use another folder"
+        )
+    for name, network in networks.items():
+        check_fit(network.state_dict(), state["networks"][name], where=f"{path}, {name}")
         network.load_state_dict(state["networks"][name])
     for name, engine in engines.items():
         engine.load_state_dict(state["engines"][name])

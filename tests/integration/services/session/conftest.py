@@ -25,9 +25,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     config = preset("wan-doom")
     config = replace(config, architecture=replace(config.architecture, dim=64, layers=2, heads=1, ffn_dim=128))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        save_backbone(folder / "backbone", Backbone(Wan(config.architecture), config), {})
+        model = Wan(config.architecture)
+        for parameter in model.parameters():  # layers that start as zero would hide the controls
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        save_backbone(folder / "backbone", Backbone(model, config), {})
         save_autoencoder(folder / "autoencoder", Autoencoder(AutoencoderConfig(widths=(8, 16, 32))))
     card = WorldCard(
         name="tiny",
