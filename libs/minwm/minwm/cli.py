@@ -7,10 +7,11 @@ Each entry point is called with the application and adds its commands. Errors th
 import os
 import sys
 from importlib.metadata import entry_points
+from typing import Any
 
-import click
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from minwm.errors import MinwmError
 
@@ -18,18 +19,29 @@ from minwm.errors import MinwmError
 _ORDER = ("data", "train", "eval", "pipelines", "serve", "play", "demo")
 
 
+class _Path(TyperGroup):
+    """Lists the commands in the order of the path."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=_place)
+
+
+def _place(name: str) -> tuple[int, str]:
+    return (_ORDER.index(name) if name in _ORDER else len(_ORDER)), name
+
+
 def application() -> typer.Typer:
     """The application with every installed command."""
     app = typer.Typer(
         name="minwm",
+        cls=_Path,
         help="Camera-controllable world models, from data to streamed session. The commands, in the order of the path:",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    found = {point.name: point for point in entry_points(group="minwm.commands")}
-    for name in sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)):
-        found[name].load()(app)
+    for point in entry_points(group="minwm.commands"):
+        point.load()(app)
     return app
 
 
@@ -38,16 +50,10 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl") else "cpu")
     errors = Console(stderr=True, highlight=False)
     try:
-        sys.exit(application()(standalone_mode=False) or 0)
+        application()()
     except MinwmError as error:
-        errors.print(f"[bold red]error:[/] {_plain(error)}")
+        errors.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
         sys.exit(1)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        errors.print("stopped")
-        sys.exit(130)
 
 
 def _plain(error: MinwmError) -> str:

@@ -42,7 +42,10 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {override!r}: {parent!r} is not a mapping")
-        target[last] = yaml.safe_load(value)
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not YAML ({error})") from error
     return content
 
 

@@ -6,7 +6,7 @@ One replica holds one engine and many sessions. `running_service` is the way in 
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,8 @@ class ServiceConfig:
         for name, port in (("port", self.port), ("metrics_port", self.metrics_port)):
             if port is not None and not 0 < port < 65536:
                 raise ConfigError(f"{name}: {port}, expected 1 to 65535")
+        if self.port == self.metrics_port:
+            raise ConfigError(f"metrics_port: {self.metrics_port} is the gRPC port too, expected another")
 
 
 class SessionService:
@@ -67,7 +69,7 @@ class SessionService:
 
     async def Interact(
         self, request_stream: gRPCInputStream[pb.ClientEvent], grpc_context: RayServegRPCContext
-    ) -> AsyncIterator[pb.ServerEvent]:
+    ) -> AsyncGenerator[pb.ServerEvent, None]:
         """One session."""
         async with aclosing(interact(self._host, request_stream)) as events:
             try:
@@ -89,31 +91,33 @@ class SessionService:
 def start(config: ServiceConfig) -> None:
     """Start Ray on this machine and the service in it; returns when it is ready.
 
-    Raises ConfigError for a port in use, what `load_world` raises, SessionError when the replica does not come up.
+    Raises ConfigError for a port in use, what `load_world` raises, SessionError when Ray or the replica does not
+    come up.
     """
     for name, port in (("port", config.port), ("metrics_port", config.metrics_port)):
         if port is not None and _in_use(port):
             raise ConfigError(f"{name}: {port} is in use, expected a free port")
     load_world(config.model)  # refuses a damaged model before Ray takes its half minute
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=256 * 1024**2,
-    )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=256 * 1024**2,
+        )
         serve.start(
             http_options={"port": free_port()},  # Serve has no way to leave HTTP out
             grpc_options=gRPCOptions(port=config.port, grpc_servicer_functions=[_SERVICER]),
         )
         serve.run(_application(config), name=APPLICATION)
-    except RuntimeError as error:
+    except Exception as error:
         stop()
-        raise SessionError(f"the service could not start with {config.model}: {error}") from error
-    except BaseException:
+        *_, reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise SessionError(f"Ray Serve did not come up with {config.model}: {reason}") from error
+    except BaseException:  # Ctrl-C while starting
         stop()
         raise
 
@@ -137,13 +141,12 @@ def running_service(config: ServiceConfig) -> Iterator[str]:
 def _application(config: ServiceConfig) -> serve.Application:
     # A stream counts as a request for as long as it lives. Those beyond the slots are let in, to be refused
     # by us with a reason: Serve's own refusal has none.
-    deployment = serve.deployment(SessionService).options(
-        name="SessionService",
+    deployment = serve.deployment(
         num_replicas=1,
         max_ongoing_requests=config.slots + 100,
         ray_actor_options={"num_cpus": 1},
         graceful_shutdown_timeout_s=2,
-    )
+    )(SessionService)
     return deployment.bind(config)
 
 

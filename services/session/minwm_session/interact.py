@@ -7,7 +7,7 @@ chunk per credit. Both put what they have to say in one outbox, in order.
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,7 @@ class EventStream(Protocol):
         ...
 
 
-async def interact(host: SessionHost, events: EventStream) -> AsyncIterator[pb.ServerEvent]:
+async def interact(host: SessionHost, events: EventStream) -> AsyncGenerator[pb.ServerEvent, None]:
     """Serve one stream until its `ended`.
 
     Closing the iterator frees the session's slot. Raises what `errors.to_status` maps; the caller owes the
@@ -93,7 +93,7 @@ class _Interaction:
         self._credits = Credits(opening.credits, idle_seconds=host.idle_seconds)
         self._outbox: asyncio.Queue[pb.ServerEvent | Exception] = asyncio.Queue()
 
-    async def run(self, session: Session, events: EventStream) -> AsyncIterator[pb.ServerEvent]:
+    async def run(self, session: Session, events: EventStream) -> AsyncGenerator[pb.ServerEvent, None]:
         """Everything the server says after `open`. Frees the session's slot in the end, however it comes."""
         self._session = session
         tasks = [asyncio.create_task(self._read(events)), asyncio.create_task(self._produce())]

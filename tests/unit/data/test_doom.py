@@ -34,7 +34,9 @@ def motions(episode: Episode) -> NDArray[np.float64]:
     return np.linalg.inv(episode.poses[:-1]) @ episode.poses[1:]
 
 
-def test_play_is_a_function_of_the_seed(episodes: list[Episode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_play_is_a_function_of_the_seed(
+    episodes: list[Episode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     again, other = (
         next(record(dataclasses.replace(CONFIG, frames_per_episode=20, seed=seed))) for seed in (CONFIG.seed, 6)
@@ -165,6 +167,7 @@ def test_a_flat_picture_stays_as_it_is_when_shrunk() -> None:
     ("wrong", "complaint"),
     [
         ({"scenes": ("freedoom9:E1M1",)}, "scenes: no such scene 'freedoom9:E1M1', expected wad:map"),
+        ({"scenes": ("freedoom1:E9M9",)}, "scenes: no such scene 'freedoom1:E9M9', expected wad:map"),
         ({"scenes": ("freedoom1",)}, "scenes: no such scene 'freedoom1', expected wad:map"),
         ({"episodes": 0}, "episodes=0"),
         ({"frames_per_episode": 0}, "frames_per_episode=0"),

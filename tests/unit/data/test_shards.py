@@ -122,7 +122,9 @@ def test_keys_that_would_be_read_back_as_others_are_refused(tmp_path: Path, key:
         ({"colour": "red"}, "not a manifest this version can read"),
     ],
 )
-def test_a_manifest_of_another_kind_or_version_is_refused(dataset: Path, change: dict[str, object], complaint: str) -> None:
+def test_a_manifest_of_another_kind_or_version_is_refused(
+    dataset: Path, change: dict[str, object], complaint: str
+) -> None:
     content = json.loads((dataset / MANIFEST).read_text())
     (dataset / MANIFEST).write_text(json.dumps({**content, **change}))
     with pytest.raises(DataError, match=complaint):

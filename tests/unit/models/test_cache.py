@@ -56,6 +56,10 @@ def stream(request: pytest.FixtureRequest, backbone: Backbone, new_cameras: NewC
     return Stream(clean, noisy, levels, prompt, new_cameras(2, FRAMES) if request.param else None)
 
 
+def assert_equal(got: Tensor, expected: Tensor, frame: int) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4, msg=lambda m: f"frame {frame}: {m}")
+
+
 def chunks(history: History) -> Iterator[tuple[int, int]]:
     for start in range(0, FRAMES, history.chunk):
         yield start, min(start + history.chunk, FRAMES)
@@ -79,7 +83,7 @@ def test_cached_forward_equals_teacher_forced_forward(backbone: Backbone, stream
         junk = torch.randn_like(stream.noisy[:, start:end])  # earlier denoising steps leave keys to be overwritten
         model(junk, stream.timesteps[:, start:end], stream.prompt, context, cameras)
         got = model(stream.noisy[:, start:end], stream.timesteps[:, start:end], stream.prompt, context, cameras)
-        torch.testing.assert_close(got, expected[:, start:end], rtol=0, atol=1e-4, msg=lambda m: f"frame {start}: {m}")
+        assert_equal(got, expected[:, start:end], start)
         model(stream.clean[:, start:end], torch.zeros(2, end - start), stream.prompt, context, cameras)
 
 
@@ -97,7 +101,7 @@ def test_cached_forward_equals_one_masked_forward_over_the_whole_history(backbon
     for start, end in chunks(history):
         context, cameras = cache.context(start, end - start), stream.cameras_of(start, end)
         got = model(stream.clean[:, start:end], stream.timesteps[:, start:end], stream.prompt, context, cameras)
-        torch.testing.assert_close(got, expected[:, start:end], rtol=0, atol=1e-4, msg=lambda m: f"frame {start}: {m}")
+        assert_equal(got, expected[:, start:end], start)
 
 
 def test_history_beyond_the_window_is_forgotten(new_backbone: NewBackbone) -> None:
@@ -150,10 +154,13 @@ def test_a_pass_with_gradient_leaves_the_cache_as_it_was_and_the_gradient_flows(
     committed = torch.randn(2, 1, 1, 1, 2)
     cache.update(0, 0, 1, committed)
     trained = torch.randn(2, 1, 1, 1, 2, requires_grad=True)
-    cache.update(0, 1, 1, trained)[..., 1:, :].square().sum().backward()
+    seen = cache.update(0, 1, 1, trained)
+    assert torch.equal(seen.detach(), torch.cat([committed, trained.detach()], 3))
+    seen[..., 1:, :].square().sum().backward()
     torch.testing.assert_close(trained.grad, 2 * trained.detach())
-    stored = cache.update(0, 1, 1, torch.zeros(2, 1, 1, 1, 2))
-    assert torch.equal(stored[..., :1, :], committed)
+    stored = cache.update(0, 2, 1, torch.zeros(2, 1, 1, 1, 2))  # frame 2 takes the place of frame 0
+    assert torch.equal(stored, torch.zeros(2, 1, 1, 2, 2)), "nothing of the trained pass was kept in frame 1's place"
+    assert not stored.requires_grad
 
 
 def test_the_declared_bytes_are_those_allocated() -> None:

@@ -30,7 +30,7 @@ def noise() -> Tensor:
 def test_sampling_from_the_cache_equals_sampling_under_the_teacher_forcing_mask(
     new_backbone: NewBackbone, new_cameras: NewCameras, noise: Tensor
 ) -> None:
-    """Every chunk, denoised in several steps and committed, as if each step saw the whole clean past through the mask."""
+    """Chunk after chunk, in several steps, as if every step saw the whole clean past through the mask."""
     model, cameras = new_backbone(HISTORY).model, new_cameras(2, FRAMES)
     prompt = model.prompt(torch.randint(1, 257, (2, 12)))
     rollout = ChunkRollout(model, HISTORY, (4, 4, 6), batch=2)

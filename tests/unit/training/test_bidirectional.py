@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone
 from minwm.models.context import Full
-from minwm.training.batch import Batch
+from minwm.training.batch import Batch, WindowConfig
 from minwm.training.bidirectional import Bidirectional, BidirectionalConfig
 from minwm.training.draw import Draw
 
@@ -66,3 +67,9 @@ def test_the_noise_is_standard_normal_whatever_the_level(
     noise = (calls[0].latents - (1 - sigma) * batch.latents) / sigma
     assert abs(noise.mean()) < 0.1
     assert abs(noise.std() - 1) < 0.1
+
+
+def test_a_window_of_one_frame_cannot_be_given_a_past() -> None:
+    with pytest.raises(ConfigError, match=r"window\.frames=1: expected at least 2 where given_share=0\.5"):
+        BidirectionalConfig(window=WindowConfig(frames=1), given_share=0.5)
+    BidirectionalConfig(window=WindowConfig(frames=1), given_share=0.0)

@@ -61,7 +61,7 @@ def test_generator_s_gradient_is_the_scores_difference_over_the_made_frames(
     for b in range(3):
         gradient[b, made:] = (fake[b, made:] - true[b, made:]) / (sample[b] - true[b]).abs().mean().detach()
     count = sample[:, made:].numel()
-    parameters = [p for p in stage.networks["generator"].parameters()]
+    parameters = list(stage.networks["generator"].parameters())
     got = torch.autograd.grad(loss, parameters, retain_graph=True)
     expected = torch.autograd.grad(sample, parameters, grad_outputs=gradient / count)
     for one, other in zip(got, expected, strict=True):
@@ -175,7 +175,7 @@ def test_guidance_moves_the_real_score_away_from_what_it_says_without_a_prompt(
     stage = new_stage(guidance=3.0)
     real, critic = record(stage._real), record(stage.networks["critic"])
     loss, _ = stage.loss("generator", batch, draw)
-    sample, made = (part for part in stage._roll_out(batch, draw, "generator"))
+    sample, made = stage._roll_out(batch, draw, "generator")
     prompted, bare = real
     assert torch.equal(bare.prompt.layers[0][0], stage._real.prompt(torch.zeros_like(batch.text)).layers[0][0])
     velocity = bare.output + 3.0 * (prompted.output - bare.output)

@@ -88,9 +88,11 @@ def state_of(stage: Stage) -> dict[str, Tensor]:
 
 def test_training_reduces_the_loss_and_leaves_log_checkpoint_and_model(tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
-    train(
-        Line(), SAMPLES, run(steps=200), OPTIMIZERS, tmp_path / "run", {"who": "me"}, lambda n, of, _: done.append((n, of))
-    )
+
+    def progress(step: int, of: int, figures: dict[str, float]) -> None:
+        done.append((step, of))
+
+    train(Line(), SAMPLES, run(steps=200), OPTIMIZERS, tmp_path / "run", {"who": "me"}, progress)
     log = log_of(tmp_path / "run")
     assert [line["step"] for line in log] == list(range(200))
     assert log[-1]["line_loss"] < 0.05 * log[0]["line_loss"]
@@ -166,7 +168,7 @@ def test_real_stages_resume_bit_for_bit_with_their_averages(
 
 
 class Failing(Line):
-    """Its loss is no number when it first sees sample 3."""
+    """Its loss is no number when it first sees sample 11."""
 
     def loss(self, turn: str, batch: Tensor, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         loss, figures = super().loss(turn, batch, draw)
@@ -180,6 +182,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_named(tmp_path: P
     assert not (tmp_path / "run/model").exists()
     kept = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert kept["step"] == 2, "the checkpoint of the last good steps stays"
+    assert all(value.isfinite().all() for value in kept["networks"]["line"].values())
+
+
+class Steep(Line):
+    """Its loss is fine but has no finite gradient when it first sees sample 11."""
+
+    def loss(self, turn: str, batch: Tensor, draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        loss, figures = super().loss(turn, batch, draw)
+        return (loss + (0 * loss).sqrt() if 11 in draw.samples else loss), figures
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_kept(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="step 2: the gradient of line has norm nan, its loss was "):
+        train(Steep(), SAMPLES, run(checkpoint_every=1), OPTIMIZERS, tmp_path / "run", {})
+    kept = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert kept["step"] == 2
     assert all(value.isfinite().all() for value in kept["networks"]["line"].values())
 
 

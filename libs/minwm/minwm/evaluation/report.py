@@ -232,7 +232,7 @@ def _plot(media: Path, name: str, axes: _Axes) -> str:
             plot.spines[["top", "right"]].set_visible(False)
             plot.patch.set_visible(False)
             if len(lines) > 1:
-                plot.legend(frameon=False)
+                plot.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(lines))
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     (media / f"{name}.svg").write_text(buffer.getvalue())
     return f"{MEDIA}/{name}.svg"

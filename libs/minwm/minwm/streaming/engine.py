@@ -166,7 +166,7 @@ class StreamingEngine:
             if start not in self._world.starts:
                 raise SessionError(f"start image {start!r}: unknown, the model has {sorted(self._world.starts)}")
             return self._world.starts[start]
-        if start.ndim != 3 or start.shape[2] != 3 or start.dtype != np.uint8:
+        if start.ndim != 3 or start.shape[2] != 3 or start.dtype != np.uint8 or start.size == 0:
             raise SessionError(f"start image: {start.dtype} of shape {start.shape}, expected uint8 (y, x, 3)")
         size = (self.spec.width, self.spec.height)
         return np.asarray(Image.fromarray(start).resize(size, Image.Resampling.BOX))

@@ -17,7 +17,6 @@ from minwm.models.autoencoder import FRAMES_PER_LATENT, Autoencoder, Autoencoder
 from minwm.models.checkpoints import save_autoencoder
 from minwm.training.draw import Draw
 
-
 MOMENTS_WEIGHT = 0.02  # of a batch: the statistics are those of about the last fifty
 
 
@@ -32,19 +31,23 @@ class AutoencoderStageConfig:
 
 
 class _Moments(nn.Module):
-    """Slow averages of the latents' mean and mean square per channel."""
+    """Slow averages of the latents' mean and mean square per channel; plain ones while batches are few."""
 
+    count: Tensor
     mean: Tensor
     square: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("square", torch.ones(channels))
 
     @torch.no_grad()
     def update(self, latents: Tensor, weight: float) -> None:
         """Take in latents (b, f, c, y, x)."""
+        self.count += 1
+        weight = max(weight, 1 / float(self.count))
         dims = (0, 1, 3, 4)
         self.mean.lerp_(latents.mean(dims), weight)
         self.square.lerp_(latents.square().mean(dims), weight)

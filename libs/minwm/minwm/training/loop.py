@@ -5,6 +5,7 @@ A run folder holds `log.jsonl` (a line per step), `checkpoint.pt` (replaced whol
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -58,7 +59,7 @@ def train(
 ) -> None:
     """Train `stage` on `samples` and export the result to `folder/model`.
 
-    Raises TrainingError when a loss is not finite; the checkpoint of the last good steps stays.
+    Raises TrainingError when a loss or a gradient is not finite; the checkpoint of the last good steps stays.
     """
     if not samples:
         raise TrainingError("the dataset has no samples to train on")
@@ -110,6 +111,8 @@ def _step(
             engines[turn].backward(loss / run.accumulation)
             total += loss.item() / run.accumulation
         norm = engines[turn].step(optimizers[turn].rate(step, run.steps))
+        if not math.isfinite(norm):
+            raise TrainingError(f"step {step}: the gradient of {turn} has norm {norm}, its loss was {total}")
         figures |= {f"{turn}_loss": total, f"{turn}_grad_norm": norm, **extra}
     stage.after_step(step)
     return figures
@@ -159,7 +162,8 @@ def _resume(folder: Path, stage: Stage, engines: dict[str, Engine], run: RunConf
     networks = {**stage.networks, **stage.frozen}
     if networks.keys() != state["networks"].keys():
         raise TrainingError(
-            f"{path}: holds the networks {sorted(state['networks'])}, this run has {sorted(networks)}; use another folder"
+            f"{path}: holds the networks {sorted(state['networks'])}, this run has {sorted(networks)}; "
+            "use another folder"
         )
     for name, network in networks.items():
         check_fit(network.state_dict(), state["networks"][name], where=f"{path}, {name}")

@@ -1,0 +1,84 @@
+"""Recipes: from YAML to a trained model folder, and what is wrong in one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from minwm.data.clips import KIND, Clip
+from minwm.data.shards import ShardWriter, read_manifest
+from minwm.errors import CheckpointError, ConfigError, DataError
+from minwm.models.backbones import Backbone, load_backbone, save_backbone
+from minwm.training.recipe import load_recipe, run_recipe
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def values(tmp_path: Path, tiny_backbone: Backbone, new_clips: Callable[[int, int], list[Clip]]) -> dict[str, Any]:
+    """A recipe of two steps on a tiny dataset and backbone."""
+    with ShardWriter(tmp_path / "data", KIND) as writer:
+        for clip in new_clips(2, 5):
+            writer.add(clip.name, clip.to_files())
+    save_backbone(tmp_path / "base", tiny_backbone, {})
+    return {
+        "stage": "autoregressive",
+        "data": str(tmp_path / "data"),
+        "backbone": str(tmp_path / "base"),
+        "run": {"steps": 2, "batch_size": 2, "engine": "torch"},
+        "optimizers": {"generator": {"learning_rate": "1e-3"}},
+        "method": {"window": {"frames": 4}},
+    }
+
+
+def write(folder: Path, values: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("stage", ["bidirectional", "autoregressive", "consistency", "dmd"])
+def test_every_stage_trains_from_a_recipe_and_says_where_its_model_came_from(
+    tmp_path: Path, values: dict[str, Any], stage: str
+) -> None:
+    values["stage"] = stage
+    if stage == "dmd":
+        values["method"] |= {"score": values["backbone"], "steps": 2}
+        values["optimizers"]["critic"] = {}
+    model = run_recipe(load_recipe(write(tmp_path, values)), tmp_path / "run")
+    assert model == tmp_path / "run/model"
+    trained, base = load_backbone(model), load_backbone(tmp_path / "base")
+    assert trained.config == base.config
+    assert json.loads((model / "config.json").read_text())["about"] == {
+        "stage": stage,
+        "data": values["data"],
+        "from": values["backbone"],
+        "dataset": read_manifest(tmp_path / "data", KIND).digest(),
+        "steps": 2,
+        "batch_size": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "complaint"),
+    [
+        ("stage=magic", ConfigError, "stage: 'magic' is unknown, expected one of autoencoder, autoregressive"),
+        ("backbone=", ConfigError, "backbone"),
+        ("backbone=preset:wan-boom", ConfigError, "preset 'wan-boom': unknown, expected one of wan-doom"),
+        ("backbone=nowhere", CheckpointError, "nowhere: not a model folder"),
+        ("data=nowhere", DataError, "nowhere: not a dataset"),
+        ("method.window.frame=4", ConfigError, "method.window.frame: unknown key, did you mean 'frames'?"),
+        ("method.window.frames=99", DataError, "has 5 latent frames, windows need 99"),
+        ("run.stepz=4", ConfigError, "run.stepz: unknown key, did you mean 'steps'?"),
+        ("optimizers.critic.learning_rate=1", ConfigError, r"optimizers: expected exactly \['generator'\]"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_named(
+    tmp_path: Path, values: dict[str, Any], override: str, error: type[Exception], complaint: str
+) -> None:
+    with pytest.raises(error, match=complaint):
+        run_recipe(load_recipe(write(tmp_path, values), [override]), tmp_path / "run")
+    assert not (tmp_path / "run/model").exists()
