@@ -1,5 +1,6 @@
 """Progress for people: a bar at a terminal, a line now and then elsewhere."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -21,7 +22,7 @@ class Report(Protocol):
 def progress_bar(title: str, total: int) -> Iterator[Report]:
     """Show the progress of `total` units of work."""
     console = Console()
-    if not console.is_terminal:
+    if not sys.stdout.isatty():
         yield _lines(console, title, total)
         return
     columns = (

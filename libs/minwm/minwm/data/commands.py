@@ -25,7 +25,7 @@ def record(
     episodes: Annotated[int, typer.Option(help="Recordings, dealt to the scenes in turn.")] = 6,
     frames: Annotated[int, typer.Option(help="RGB frames a recording (17.5 make a second).")] = 512,
     scene: Annotated[list[str] | None, typer.Option(help="wad:map, such as freedoom1:E1M3; repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed plays the same games.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed takes the same walks.")] = 0,
 ) -> None:
     """Play VizDoom headless; keep every frame with its camera pose and command."""
     from minwm.data.doom import DoomConfig

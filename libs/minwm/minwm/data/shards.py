@@ -47,8 +47,9 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     def digest(self) -> str:
-        """The dataset's identity: a hash of its shards' hashes."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
+        """The dataset's identity: a hash of its shards' hashes and of what the writer says."""
+        identity = [self.kind, [shard.sha256 for shard in self.shards], self.about]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class ShardWriter:

@@ -53,6 +53,7 @@ def save_world(
 ) -> None:
     """Assemble a world folder from model folders; written aside, then renamed, replacing an old one."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
     (partial / "starts").mkdir(parents=True)
     shutil.copytree(backbone, partial / "backbone")
     shutil.copytree(autoencoder, partial / "autoencoder")
