@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import ray
 import torch
 from prometheus_client import CollectorRegistry, start_http_server
 from ray import serve
+from ray.exceptions import TaskCancelledError
 from ray.serve.config import gRPCOptions
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
@@ -71,7 +72,7 @@ class SessionService:
         self, request_stream: gRPCInputStream[pb.ClientEvent], grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[pb.ServerEvent, None]:
         """One session."""
-        async with aclosing(interact(self._host, request_stream)) as events:
+        async with aclosing(interact(self._host, _events(request_stream))) as events:
             try:
                 async for event in events:
                     yield event
@@ -86,6 +87,17 @@ class SessionService:
     async def ListModels(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
         """The one model of this service."""
         return pb.ListModelsResponse(models=[self._host.describe_model()])
+
+
+async def _events(stream: gRPCInputStream[pb.ClientEvent]) -> AsyncGenerator[pb.ClientEvent, None]:
+    """The client's events, to the end of the stream, however it comes.
+
+    When a client is lost, Ray Serve may cancel `Interact`, or only fail or end its input, the same as if the
+    client had ended it.
+    """
+    with suppress(TaskCancelledError):
+        async for event in stream:
+            yield event
 
 
 def start(config: ServiceConfig) -> None:

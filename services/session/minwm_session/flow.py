@@ -19,7 +19,6 @@ class Credits:
         self._idle_seconds = idle_seconds
         self._heard_at = asyncio.get_running_loop().time()
         self._changed = asyncio.Event()
-        self._last_call = False
         self.grant("open.credits", chunks)
 
     def heard(self) -> None:
@@ -33,21 +32,14 @@ class Credits:
         self._left += chunks
         self._changed.set()
 
-    def no_more(self) -> None:
-        """The client will grant nothing further; what it granted still counts."""
-        self._last_call = True
-        self._changed.set()
-
-    async def take(self) -> bool:
-        """Wait for a credit and use it up; False when none is left and none will come.
+    async def take(self) -> None:
+        """Wait for a credit and use it up.
 
         Raises IdleError when the wait, and the client's silence, last longer than `idle_seconds`.
         """
         loop = asyncio.get_running_loop()
         waiting_since = loop.time()
         while not self._left:
-            if self._last_call:
-                return False
             self._changed.clear()
             try:
                 async with asyncio.timeout_at(max(self._heard_at, waiting_since) + self._idle_seconds):
@@ -56,4 +48,3 @@ class Credits:
                 if loop.time() >= self._heard_at + self._idle_seconds:
                     raise IdleError from None
         self._left -= 1
-        return True

@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -25,22 +24,10 @@ from minwm_session.host import SessionHost
 from minwm_session.opening import Opening, read_opening
 
 
-class EventStream(Protocol):
-    """The client's events. Ray Serve's gRPCInputStream."""
-
-    def __aiter__(self) -> AsyncIterator[pb.ClientEvent]: ...
-
-    async def __anext__(self) -> pb.ClientEvent: ...
-
-    def is_cancelled(self) -> bool:
-        """Whether the stream ended because the client went away."""
-        ...
-
-
-async def interact(host: SessionHost, events: EventStream) -> AsyncGenerator[pb.ServerEvent, None]:
+async def interact(host: SessionHost, events: AsyncIterator[pb.ClientEvent]) -> AsyncGenerator[pb.ServerEvent, None]:
     """Serve one stream until its `ended`.
 
-    Closing the iterator frees the session's slot. Raises what `errors.to_status` maps; the caller owes the
+    `events` ends when the client ended or lost the stream. Closing the iterator frees the session's slot. Raises what `errors.to_status` maps; the caller owes the
     client `ended` then.
     """
     first = await _first_event(host, events)
@@ -54,7 +41,7 @@ async def interact(host: SessionHost, events: EventStream) -> AsyncGenerator[pb.
             yield event
 
 
-async def _first_event(host: SessionHost, events: EventStream) -> pb.ClientEvent:
+async def _first_event(host: SessionHost, events: AsyncIterator[pb.ClientEvent]) -> pb.ClientEvent:
     try:
         async with asyncio.timeout(host.idle_seconds):
             return await anext(aiter(events))
@@ -62,10 +49,6 @@ async def _first_event(host: SessionHost, events: EventStream) -> pb.ClientEvent
         raise OpenTimeoutError(f"nothing came in {host.idle_seconds:g} s, expected open") from None
     except StopAsyncIteration:
         raise ProtocolError("event", "the stream ended before its first message, expected open") from None
-
-
-class _GoneError(Exception):
-    """The client went away: nobody is left to say anything to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +75,14 @@ class _Interaction:
         self._controls = Controls(spec.speeds)
         self._credits = Credits(opening.credits, idle_seconds=host.idle_seconds)
         self._outbox: asyncio.Queue[pb.ServerEvent | Exception] = asyncio.Queue()
+        self._end_label = "disconnected"
 
-    async def run(self, session: Session, events: EventStream) -> AsyncGenerator[pb.ServerEvent, None]:
+    async def run(
+        self, session: Session, events: AsyncIterator[pb.ClientEvent]
+    ) -> AsyncGenerator[pb.ServerEvent, None]:
         """Everything the server says after `open`. Frees the session's slot in the end, however it comes."""
         self._session = session
         tasks = [asyncio.create_task(self._read(events)), asyncio.create_task(self._produce())]
-        reason = "disconnected"
         try:
             yield pb.ServerEvent(
                 started=pb.Started(
@@ -106,36 +91,33 @@ class _Interaction:
             )
             while True:
                 event = await self._outbox.get()
-                if isinstance(event, _GoneError):
-                    return
                 if isinstance(event, Exception):
-                    reason = "error"
+                    self._end_label = "error"
                     raise event
-                if event.HasField("ended"):
-                    reason = "idle" if event.ended.reason == pb.END_REASON_IDLE else "closed"
                 yield event
                 if event.HasField("ended"):
                     return
         finally:
             for task in tasks:
                 task.cancel()
-            self._host.metrics.ends.labels(reason).inc()  # first: whoever sees the slot free finds the end counted
+            self._host.metrics.ends.labels(
+                self._end_label
+            ).inc()  # first: whoever sees the slot free finds the end counted
             self._host.close(self._session)
 
-    def _end(self, reason: pb.EndReason) -> None:
+    def _end(self, reason: pb.EndReason, label: str) -> None:
+        self._end_label = label
         self._outbox.put_nowait(pb.ServerEvent(ended=pb.Ended(reason=reason)))
 
-    async def _read(self, events: EventStream) -> None:
+    async def _read(self, events: AsyncIterator[pb.ClientEvent]) -> None:
         try:
             async for event in events:
                 self._credits.heard()
                 if event.HasField("close"):
-                    self._end(pb.END_REASON_CLOSED)
+                    self._end(pb.END_REASON_CLOSED, "closed")
                     return
                 self._take(event)
-            if events.is_cancelled():
-                raise _GoneError
-            self._credits.no_more()
+            self._end(pb.END_REASON_CLOSED, "disconnected")
         except Exception as error:
             self._outbox.put_nowait(error)
 
@@ -153,9 +135,7 @@ class _Interaction:
         try:
             while True:
                 waiting_since = time.monotonic()
-                if not await self._credits.take():
-                    self._end(pb.END_REASON_CLOSED)
-                    return
+                await self._credits.take()
                 credit_at = time.monotonic()
                 self._host.metrics.credit_stall.inc(credit_at - waiting_since)
                 made = await self._host.run(partial(self._make, credit_at))
@@ -163,7 +143,7 @@ class _Interaction:
                 self._measure(made, credit_at)
                 await self._settle()
         except IdleError:
-            self._end(pb.END_REASON_IDLE)
+            self._end(pb.END_REASON_IDLE, "idle")
         except Exception as error:
             self._outbox.put_nowait(error)
 

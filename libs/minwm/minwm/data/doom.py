@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import vizdoom
 from numpy.typing import NDArray
 
 from minwm.data.episode import Episode
 from minwm.errors import ConfigError, DataError
 from minwm.geometry.camera import intrinsics_for_fov
+
+try:
+    import vizdoom
+except ModuleNotFoundError as error:
+    raise ConfigError("VizDoom is not installed here: pip install 'minwm[doom]'") from error
 
 TICS_PER_SECOND = 35
 TICS_PER_FRAME = 2

@@ -157,14 +157,16 @@ def test_a_client_that_stops_granting_credits_stops_generation(address: str, con
     run(scenario)
 
 
-def test_ending_the_requests_lets_granted_chunks_come_first(address: str) -> None:
+def test_ending_the_requests_ends_the_session(address: str) -> None:
     async def scenario() -> None:
         async with stream(address) as talk:
-            await talk.say(open=pb.Open(start_name="hall", encodings=[pb.ENCODING_RAW], credits=2))
-            await talk.call.done_writing()
+            await talk.say(open=pb.Open(start_name="hall", encodings=[pb.ENCODING_RAW], credits=1000))
             await talk.hear()
-            assert [(await talk.chunk()).index for _ in range(2)] == [0, 1]
-            assert (await talk.hear()).ended.reason == pb.END_REASON_CLOSED
+            await talk.chunk()
+            await talk.call.done_writing()
+            while not (event := await talk.hear()).HasField("ended"):
+                pass
+            assert event.ended.reason == pb.END_REASON_CLOSED
 
     run(scenario)
 
@@ -211,22 +213,30 @@ def test_an_open_beyond_the_slots_is_told_when_to_come_again(address: str) -> No
 
 
 @pytest.mark.parametrize("how", ["cancel", "channel"])
-def test_a_client_that_vanishes_frees_its_slot(address: str, config: ServiceConfig, how: str) -> None:
+def test_a_client_that_vanishes_frees_its_slot_at_once(address: str, config: ServiceConfig, how: str) -> None:
     async def scenario() -> None:
-        async with stream(address) as talk:
-            await talk.say(open=pb.Open(encodings=[pb.ENCODING_RAW], credits=1000))
-            await talk.hear()
-            await talk.chunk()
-            assert metric(config, "minwm_sessions") == 1
-            if how == "cancel":
-                talk.call.cancel()
-                await until(lambda: metric(config, "minwm_sessions") == 0, seconds=1)
-        await until(lambda: metric(config, "minwm_sessions") == 0, seconds=1)
+        for _ in range(8):  # what Ray Serve tells us depends on what it was doing at the moment
+            async with stream(address) as talk:
+                await talk.say(open=pb.Open(encodings=[pb.ENCODING_RAW], credits=1000))
+                await talk.hear()
+                await talk.chunk()
+                assert metric(config, "minwm_sessions") == 1
+                if how == "cancel":
+                    talk.call.cancel()
+                    await until(lambda: metric(config, "minwm_sessions") == 0, seconds=2)
+            await until(lambda: metric(config, "minwm_sessions") == 0, seconds=2)
 
+    async def opened() -> None:
+        async with stream(address) as talk:
+            await talk.say(open=pb.Open())
+            await talk.hear()
+
+    run(opened)
+    run(lambda: until(lambda: metric(config, "minwm_sessions") == 0))
     ended = 'minwm_session_ends_total{reason="disconnected"}'
-    before = metric(config, ended) if how == "channel" else None
+    before = metric(config, ended)
     run(scenario)
-    assert before is None or metric(config, ended) == before + 1
+    assert metric(config, ended) == before + 8
 
 
 def test_a_silent_client_is_reaped(address: str, config: ServiceConfig) -> None:

@@ -13,7 +13,6 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client import CollectorRegistry
-from ray.serve.grpc_util import gRPCInputStream
 
 from minwm.client.v1 import session_pb2 as pb
 from minwm.errors import SessionError
@@ -112,8 +111,7 @@ class Conversation:
 
     def __init__(self, host: SessionHost) -> None:
         self._events: asyncio.Queue[pb.ClientEvent | None] = asyncio.Queue()
-        self._cancelled = asyncio.Event()
-        self._replies = interact(host, gRPCInputStream(self._requests(), cancel_event=self._cancelled))
+        self._replies = interact(host, self._requests())
 
     async def _requests(self) -> AsyncIterator[pb.ClientEvent]:
         while (event := await self._events.get()) is not None:
@@ -123,10 +121,6 @@ class Conversation:
         self._events.put_nowait(pb.ClientEvent(**event))
 
     def end_requests(self) -> None:
-        self._events.put_nowait(None)
-
-    def vanish(self) -> None:
-        self._cancelled.set()
         self._events.put_nowait(None)
 
     async def hear(self) -> pb.ServerEvent:
