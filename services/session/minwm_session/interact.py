@@ -27,8 +27,8 @@ from minwm_session.opening import Opening, read_opening
 async def interact(host: SessionHost, events: AsyncIterator[pb.ClientEvent]) -> AsyncGenerator[pb.ServerEvent, None]:
     """Serve one stream until its `ended`.
 
-    `events` ends when the client ended or lost the stream. Closing the iterator frees the session's slot. Raises what `errors.to_status` maps; the caller owes the
-    client `ended` then.
+    `events` ends when the client ended or lost the stream. Closing the iterator frees the session's slot.
+    Raises what `errors.to_status` maps; the caller owes the client `ended` then.
     """
     first = await _first_event(host, events)
     opened_at = time.monotonic()
@@ -100,9 +100,8 @@ class _Interaction:
         finally:
             for task in tasks:
                 task.cancel()
-            self._host.metrics.ends.labels(
-                self._end_label
-            ).inc()  # first: whoever sees the slot free finds the end counted
+            # Before the slot is freed: whoever sees it free finds the end counted.
+            self._host.metrics.ends.labels(self._end_label).inc()
             self._host.close(self._session)
 
     def _end(self, reason: pb.EndReason, label: str) -> None:
