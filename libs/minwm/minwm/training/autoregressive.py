@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minwm.data.clips import Clip
 from minwm.diffusion import flow
 from minwm.models.backbones import Backbone, save_backbone
-from minwm.models.context import teacher_forcing
+from minwm.models.context import Context, teacher_forcing
 from minwm.models.prope import Cameras
 from minwm.models.wan import Prompt, Wan
 from minwm.training.batch import Batch, WindowConfig, cut_windows
@@ -68,7 +68,7 @@ def chunk_levels(draw: Draw, frames: int, chunk: int, shift: float) -> Tensor:
 
 
 def denoise_given_clean(
-    model: Wan, noisy: Tensor, clean: Tensor, sigma: Tensor, prompt: Prompt, cameras: Cameras, context: Any
+    model: Wan, noisy: Tensor, clean: Tensor, sigma: Tensor, prompt: Prompt, cameras: Cameras, context: Context
 ) -> Tensor:
     """Velocity (b, f, c, y, x) of noisy frames at levels (b, f), each chunk given the clean ones before it."""
     both = model(

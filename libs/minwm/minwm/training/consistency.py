@@ -6,7 +6,7 @@ Levels stay float32: neighbouring ones are closer than bf16 can tell.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ class ConsistencyConfig:
     intervals: int = 50
     guidance: float = 1.0
     ema_decay: float = 0.95
+
+
+_Predict = Callable[[Wan, Tensor, Tensor, Prompt], Tensor]
+"""Velocity of (model, noisy clip, levels, prompt), given the clip's clean history."""
 
 
 class Consistency:
@@ -70,13 +74,13 @@ class Consistency:
         mine = flow.to_clean(noisy, predict(model, noisy, sigma, model.prompt(batch.text)), sigma)
         return (mine - goal).square().mean(), {}
 
-    def _guided(self, predict: Any, noisy: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+    def _guided(self, predict: _Predict, noisy: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
         """The teacher's velocity in float32, with classifier-free guidance where asked for."""
         velocity = predict(self._teacher, noisy, sigma, self._teacher.prompt(text)).float()
         if self._config.guidance == 1.0:
-            return velocity  # type: ignore[no-any-return]
+            return velocity
         unprompted = predict(self._teacher, noisy, sigma, self._teacher.prompt(torch.zeros_like(text))).float()
-        return unprompted + self._config.guidance * (velocity - unprompted)  # type: ignore[no-any-return]
+        return unprompted + self._config.guidance * (velocity - unprompted)
 
     def after_step(self, step: int) -> None:
         update_average(self._target, self._backbone.model, self._config.ema_decay)

@@ -18,6 +18,8 @@ from minwm.training.engine import OptimizerConfig, make_optimizer
 class DeepSpeedEngine:
     """One network under DeepSpeed."""
 
+    name = f"DeepSpeed {deepspeed.__version__}"
+
     def __init__(self, network: nn.Module, config: OptimizerConfig) -> None:
         _join_group()
         self._optimizer = make_optimizer(network, config)

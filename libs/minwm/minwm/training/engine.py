@@ -34,7 +34,9 @@ class OptimizerConfig:
 
 
 class Engine(Protocol):
-    """One trained network."""
+    """One trained network. `name` is for people."""
+
+    name: str
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of a loss."""
@@ -73,6 +75,8 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.A
 
 class TorchEngine:
     """One process, no DeepSpeed."""
+
+    name = "torch"
 
     def __init__(self, network: nn.Module, config: OptimizerConfig) -> None:
         self._network, self._config = network, config

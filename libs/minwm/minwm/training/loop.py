@@ -82,7 +82,9 @@ def train(
             if (step + 1) % run.checkpoint_every == 0 and step + 1 < run.steps:
                 _save(folder, stage, engines, run, step + 1)
     _save(folder, stage, engines, run, run.steps)
-    stage.export(folder / "model", {**about, "steps": run.steps, "batch_size": run.batch_size})
+    engine = ", ".join(sorted({engine.name for engine in engines.values()}))
+    budget = {"steps": run.steps, "batch_size": run.batch_size, "engine": engine}
+    stage.export(folder / "model", {**about, **budget})
 
 
 def _step(
