@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 from minwm.data.clips import Clip, load_clips
 from minwm.geometry.live import Speeds
+from minwm.models.autoencoder import FRAMES_PER_LATENT
 from minwm.models.worlds import WorldCard, save_world
 
 _STARTS = 4
-_EVERY = 4  # frames: neighbours look alike
 
 
 def assemble(folder: Path, name: str, backbone: Path, autoencoder: Path, data: Path) -> None:
@@ -31,8 +31,11 @@ def assemble(folder: Path, name: str, backbone: Path, autoencoder: Path, data: P
 
 
 def start_picture(clip: Clip) -> NDArray[np.uint8]:
-    """The clip's frame (y, x, 3) with most detail: a player who faces a wall sees little of the world."""
-    frames = clip.video()[::_EVERY]
-    grey = frames.mean(-1)
-    detail = np.abs(np.diff(grey, axis=1)).mean((1, 2)) + np.abs(np.diff(grey, axis=2)).mean((1, 2))
-    return np.asarray(frames[int(detail.argmax())])
+    """The clip's frame (y, x, 3) with most room ahead: from where the player then came furthest straight on.
+
+    One who faces a wall sees little of the world, and live control knows no walls.
+    """
+    places, ahead = clip.poses[:, :3, 3], clip.poses[:, :3, 2]
+    ways = places[None] - places[:, None]  # from frame i to frame j
+    reach = np.triu(np.einsum("ijk,ik->ij", ways, ahead)).max(1)
+    return np.asarray(clip.video()[int(reach.argmax()) * FRAMES_PER_LATENT + FRAMES_PER_LATENT - 1])

@@ -27,7 +27,7 @@ from minwm_pipelines.recipes import STAGES, load_recipes
 from minwm_pipelines.serving import served
 
 MODEL = "wan-doom"
-TRAJECTORY = "w*2,l*3,w+l*2,d*2,j*3,s*2,a*2,w+j*2"
+TRAJECTORY = "w*2,l*3,j*4,w+l*2,s*3,a*2,d*2"
 MARKER = ".minwm-demo"
 VIDEO, LATENCY = "session.mp4", "latency.json"
 
