@@ -66,7 +66,8 @@ def inputs(world_folder: Path, dataset: Path, tmp_path: Path) -> ReportInputs:
             for step in range(steps)
         ]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (folder / "model" / "config.json").write_text(json.dumps({"about": {"batch_size": 4, "from": "base<1>"}}))
+        about = {"batch_size": 4, "engine": "torch", "from": "base<1>"}
+        (folder / "model" / "config.json").write_text(json.dumps({"about": about}))
         stages[stage] = folder
     lineage = Lineage(
         dataset="d1d2", parents=("p1p2",), stages=(TrainedStage(recipe="dmd", steps=4),), code_version="0.1.0"
@@ -122,7 +123,7 @@ def test_a_resumed_runs_parts_add_up(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step, "generator_loss": 1.0, "seconds": seconds}) for step, seconds in clock]
     (tmp_path / "run" / "log.jsonl").write_text("\n".join(lines))
     page = _Page(write_report(tmp_path / "out", ReportInputs(stages={"ar": tmp_path / "run"})).read_text())
-    assert re.search(r"ar 3 not measured 12\.5", page.text)
+    assert re.search(r"ar 3 not measured not measured 12\.5", page.text)
 
 
 def test_a_second_report_replaces_the_first(inputs: ReportInputs, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_training_reduces_the_loss_and_leaves_log_checkpoint_and_model(tmp_path:
     assert {"line_grad_norm", "largest"} <= log[0].keys()
     assert done == [(n, 200) for n in range(1, 201)]
     about = json.loads((tmp_path / "run/model/about.json").read_text())
-    assert about == {"who": "me", "steps": 200, "batch_size": 4}
+    assert about == {"who": "me", "steps": 200, "batch_size": 4, "engine": "torch"}
 
 
 def test_every_epoch_visits_each_sample_once_in_a_new_order(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_every_stage_trains_from_a_recipe_and_says_where_its_model_came_from(
         "dataset": read_manifest(tmp_path / "data", KIND).digest(),
         "steps": 2,
         "batch_size": 2,
+        "engine": "torch",
     }
 
 
