@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone, load_backbone
 from minwm.models.context import Full, History
 from minwm.training.batch import Batch
@@ -211,3 +212,8 @@ def test_the_average_follows_the_generator_s_updates_and_is_what_is_exported(
     exported = load_backbone(tmp_path / "model").model.state_dict()
     for name, value in average.state_dict().items():
         assert torch.equal(exported[name], value.bfloat16().float()), name
+
+
+def test_a_rollout_that_would_generate_nothing_is_refused(new_stage: NewStage) -> None:
+    with pytest.raises(ConfigError, match=r"context_chunks=4: gives 8 frames, expected fewer than window\.frames=8"):
+        new_stage(context_chunks=4)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from minwm.data.clips import Clip
 from minwm.diffusion import flow
+from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone, save_backbone
 from minwm.models.context import Full
 from minwm.models.rollout import ChunkRollout
@@ -50,7 +51,13 @@ class DMD:
     """Match the distribution of self-generated clips to the data's."""
 
     def __init__(self, config: DMDConfig, backbone: Backbone, score: Backbone) -> None:
-        self._config, self._backbone = config, backbone
+        given = config.context_chunks * backbone.config.history.chunk
+        if given >= config.window.frames:
+            raise ConfigError(
+                f"context_chunks={config.context_chunks}: gives {given} frames, "
+                f"expected fewer than window.frames={config.window.frames}, so that some are generated"
+            )
+        self._config, self._backbone, self._given = config, backbone, given
         self._real = score.model.requires_grad_(False)
         self._critic = copy.deepcopy(score.model).requires_grad_(True)
         self._average = copy.deepcopy(backbone.model).requires_grad_(False)
@@ -100,16 +107,15 @@ class DMD:
         b, frames = batch.latents.shape[:2]
         exit_step = draw.shared_integer(f"{turn} exit", len(self._levels))
         noise = draw.normal(f"{turn} noise", (len(self._levels), *batch.latents.shape[1:]))
-        given = min(self._config.context_chunks * config.history.chunk, frames)
         rollout = ChunkRollout(model, config.history, batch.latents.shape[2:], batch=b)
         prompt = model.prompt(batch.text)
         frozen_prompt = prompt.detach()
-        chunks = [batch.latents[:, :given]]
+        chunks = [batch.latents[:, : self._given]]
         with torch.no_grad():
-            for start in range(0, given, config.history.chunk):
+            for start in range(0, self._given, config.history.chunk):
                 end = start + config.history.chunk
                 rollout.commit(batch.latents[:, start:end], frozen_prompt, batch.cameras.frames(start, end))
-        for start in range(given, frames, config.history.chunk):
+        for start in range(self._given, frames, config.history.chunk):
             end = min(start + config.history.chunk, frames)
             cameras = batch.cameras.frames(start, end)
             chunk = rollout.denoise(
@@ -122,7 +128,7 @@ class DMD:
             )
             rollout.commit(chunk.detach(), frozen_prompt, cameras)
             chunks.append(chunk)
-        return torch.cat(chunks, dim=1).float(), given
+        return torch.cat(chunks, dim=1).float(), self._given
 
     def _score_levels(self, draw: Draw, turn: str, sample: Tensor) -> Tensor:
         """One noise level per clip, the same for all its frames (b, f)."""
