@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -17,12 +17,16 @@ from minwm.diffusion.flow import schedule
 from minwm.geometry.camera import relative_viewmats
 from minwm.geometry.live import CameraVelocity, Speeds, advance
 from minwm.models.autoencoder import Autoencoder, AutoencoderConfig
-from minwm.models.backbones import Backbone, save_backbone
+from minwm.models.backbones import Backbone, new_model, save_backbone
 from minwm.models.checkpoints import save_autoencoder
+from minwm.models.conditions import ConditionName, Conditions, first_image
 from minwm.models.context import History
+from minwm.models.hunyuan import HunyuanConfig
+from minwm.models.hunyuan_text import HunyuanText
 from minwm.models.presets import WorldConfig
 from minwm.models.prope import Cameras
-from minwm.models.wan import Wan, WanConfig
+from minwm.models.text import Embedded
+from minwm.models.wan import WanConfig
 from minwm.models.worlds import WorldCard, save_world
 
 # A busy machine makes a test slow, not wrong: pytest-timeout catches what hangs.
@@ -53,31 +57,78 @@ def randomise(model: nn.Module, seed: int) -> None:
 class NewBackbone(Protocol):
     """See the fixture `new_backbone`."""
 
-    def __call__(self, history: History = ..., *, seed: int = 0) -> Backbone: ...
+    def __call__(
+        self,
+        history: History = ...,
+        *,
+        seed: int = 0,
+        kind: str = "wan",
+        conditions: tuple[ConditionName, ...] = ("camera_prope",),
+        **architecture: Any,
+    ) -> Backbone: ...
+
+
+def tiny_architecture(kind: str, **changes: Any) -> WanConfig | HunyuanConfig:
+    """Two layers, two heads of 16 channels, latents of 4 channels."""
+    if kind == "wan":
+        sizes: dict[str, Any] = {"ffn_dim": 48, "frequencies": 32, "text_dim": 8, "text_length": 12, "byte_text": True}
+        return WanConfig(**{"dim": 32, "layers": 2, "heads": 2, "channels": CHANNELS, **sizes, **changes})
+    sizes = {"mlp_dim": 48, "frequencies": 32, "axes": (4, 6, 6), "refiner_layers": 1, "text_dim": 10, "text_length": 7}
+    sizes |= {"glyph_dim": 6, "glyph_hidden": 12, "glyph_length": 4, "vision_dim": 8, "vision_length": 3}
+    return HunyuanConfig(**{"dim": 32, "layers": 2, "heads": 2, "channels": CHANNELS, **sizes, **changes})
 
 
 @pytest.fixture
 def new_backbone() -> NewBackbone:
     """Makes tiny backbones with random weights: latents have 4 channels and even sides."""
 
-    def make(history: History = History(chunk=2, window=4), *, seed: int = 0) -> Backbone:  # noqa: B008 (frozen)
-        architecture = WanConfig(
-            dim=32, layers=2, heads=2, ffn_dim=48, channels=CHANNELS, frequencies=32, text_dim=8, text_length=12
-        )
+    def make(
+        history: History = History(chunk=2, window=4),  # noqa: B008 (frozen)
+        *,
+        seed: int = 0,
+        kind: str = "wan",
+        conditions: tuple[ConditionName, ...] = ("camera_prope",),
+        **changes: Any,
+    ) -> Backbone:
         config = WorldConfig(
             preset="tiny",
-            architecture=architecture,
+            architecture=tiny_architecture(kind, conditions=conditions, **changes),
             history=history,
             shift=3.0,
             levels={steps: tuple(schedule(steps, 3.0)) for steps in (1, 2, 4)},
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = Wan(architecture)
+            model = new_model(config.architecture)
         randomise(model, seed)
         return Backbone(model, config)
 
     return make
+
+
+def random_text(config: WanConfig | HunyuanConfig, batch: int, seed: int = 0) -> Any:
+    """What the backbone's `prompt` takes, at random; streams differ in length."""
+    random = torch.Generator().manual_seed(seed)
+
+    def embedded(length: int, width: int, least: int) -> Embedded:
+        lengths = torch.randint(least, length + 1, (batch, 1), generator=random)
+        return Embedded(torch.randn(batch, length, width, generator=random), torch.arange(length) < lengths)
+
+    if isinstance(config, WanConfig):
+        if config.byte_text:
+            return torch.randint(1, 257, (batch, config.text_length), generator=random)
+        return embedded(config.text_length, config.text_dim, 1)
+    return HunyuanText(
+        language=embedded(config.text_length, config.text_dim, 1),
+        glyphs=embedded(config.glyph_length, config.glyph_dim, 0),
+        vision=embedded(config.vision_length, config.vision_dim, 0),
+    )
+
+
+@pytest.fixture
+def new_text() -> Callable[..., Any]:
+    """`random_text(architecture, batch, seed=0)`."""
+    return random_text
 
 
 @pytest.fixture
@@ -142,7 +193,20 @@ def new_cameras() -> Callable[[int, int], Cameras]:
         random = np.random.default_rng(3)
         viewmats = np.stack([relative_viewmats(random_walk(random, frames)) for _ in range(batch)])
         intrinsics = random.uniform(0.4, 0.9, (batch, 4)).astype(np.float32)
-        return Cameras(torch.from_numpy(viewmats), torch.from_numpy(intrinsics))
+        return Cameras.track(torch.from_numpy(viewmats), torch.from_numpy(intrinsics))
+
+    return make
+
+
+@pytest.fixture
+def new_conditions(new_cameras: Callable[[int, int], Cameras]) -> Callable[[int, int], Conditions]:
+    """Makes every signal of (batch, frames): cameras, actions, and a first image of 4×6 latents."""
+
+    def make(batch: int, frames: int) -> Conditions:
+        random = torch.Generator().manual_seed(4)
+        actions = torch.randint(0, 81, (batch, frames), generator=random)
+        image = first_image(torch.randn(batch, CHANNELS, 4, 6, generator=random))
+        return Conditions(cameras=new_cameras(batch, frames), actions=actions, image=image)
 
     return make
 

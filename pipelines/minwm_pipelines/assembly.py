@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from minwm.data.clips import Clip, load_clips
 from minwm.geometry.live import Speeds
-from minwm.models.autoencoder import FRAMES_PER_LATENT
+from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.worlds import WorldCard, save_world
 
 _STARTS = 4

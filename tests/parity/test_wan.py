@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from minwm.models.backbones import Backbone
+from minwm.models.conditions import Conditions
 from minwm.models.context import Full
 from minwm.models.prope import Cameras
 
 pytestmark = pytest.mark.parity
 
+NewBackbone = Callable[..., Backbone]
 Weights = dict[str, Tensor]
 HEADS, HEAD_DIM, EPS = 2, 16, 1e-6
 
@@ -143,15 +145,15 @@ def plain_wan(w: Weights, latents: Tensor, timesteps: Tensor, text: Tensor, p: l
 @pytest.mark.parametrize("with_cameras", [False, True], ids=["no camera", "camera"])
 @torch.no_grad()
 def test_forward_equals_the_plain_float64_one(
-    tiny_backbone: Backbone, new_cameras: Callable[[int, int], Cameras], with_cameras: bool
+    new_backbone: NewBackbone, new_cameras: Callable[[int, int], Cameras], with_cameras: bool
 ) -> None:
     torch.manual_seed(0)
-    model = tiny_backbone.model
+    model = new_backbone(conditions=("camera_prope",) if with_cameras else ()).model
     latents, timesteps = torch.randn(2, 3, 4, 4, 6), 1000 * torch.rand(2, 3)
     text = torch.randint(1, 257, (2, 12))
     text[1, 5:] = 0
     cameras = new_cameras(2, 3) if with_cameras else None
-    got = model(latents, timesteps, model.prompt(text), Full(3), cameras)
+    got = model(latents, timesteps, model.prompt(text), Full(3), Conditions(cameras))
 
     weights = {name: value.double() for name, value in model.state_dict().items()}
     for stream in range(2):

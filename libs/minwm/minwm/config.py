@@ -1,7 +1,7 @@
 """Typed configuration: YAML or JSON to dataclasses, where an unknown key is an error.
 
 Values are checked against the annotations: numbers, strings, booleans, paths, tuples, dictionaries,
-optional values and nested dataclasses.
+optional values, nested dataclasses, and unions of dataclasses told apart by their `kind`.
 """
 
 import dataclasses
@@ -72,12 +72,22 @@ def _at(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
+def _variant(choices: Sequence[Any], value: Any, where: str) -> Any:
+    """The dataclass whose `kind` the mapping names."""
+    kinds = {choice.kind: choice for choice in choices}
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    if kind not in kinds:
+        raise ConfigError(f"{_at(where, 'kind')}: {kind!r} is not what was expected: one of {', '.join(sorted(kinds))}")
+    return kinds[kind]
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
+        choices = [arg for arg in args if arg is not type(None)]
+        return _convert(_variant(choices, value, where) if len(choices) > 1 else choices[0], value, where)
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):

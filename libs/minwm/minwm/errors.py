@@ -4,6 +4,7 @@
     ├── ConfigError        a recipe or option is wrong: names the field, the value and the expectation
     ├── TrajectoryError    a trajectory or control cannot be read
     ├── DataError          an episode, clip, shard or manifest is damaged, empty or foreign
+    ├── InputError         what a model was given does not fit it: latents, conditions, a prompt
     ├── CheckpointError    weights do not fit the model that is to load them
     ├── ArtifactError      the store or the registry lacks, or refuses, an artifact
     ├── TrainingError      a run cannot go on (a loss that is not finite, a resume that does not fit)
@@ -28,6 +29,10 @@ class TrajectoryError(MinwmError):
 
 class DataError(MinwmError):
     """An episode, clip, shard or manifest is damaged, empty or foreign."""
+
+
+class InputError(MinwmError):
+    """What a model was given does not fit it."""
 
 
 class CheckpointError(MinwmError):

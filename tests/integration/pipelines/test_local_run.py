@@ -35,7 +35,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_autoencoder(folder / "autoencoder", autoencoder)
     config = WorldConfig(
         preset="tiny",
-        architecture=WanConfig(dim=32, layers=2, heads=2, ffn_dim=64),
+        architecture=WanConfig(
+            dim=32,
+            layers=2,
+            heads=2,
+            ffn_dim=64,
+            text_dim=8,
+            text_length=64,
+            byte_text=True,
+            conditions=("camera_prope",),
+        ),
         history=History(chunk=2, window=6),
         shift=3.0,
         levels=preset("wan-doom").levels,

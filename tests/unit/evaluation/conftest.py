@@ -27,7 +27,16 @@ def backbone() -> Backbone:
     torch.manual_seed(0)
     config = WorldConfig(
         preset="tiny",
-        architecture=WanConfig(dim=32, layers=2, heads=2, ffn_dim=64),
+        architecture=WanConfig(
+            dim=32,
+            layers=2,
+            heads=2,
+            ffn_dim=64,
+            text_dim=8,
+            text_length=64,
+            byte_text=True,
+            conditions=("camera_prope",),
+        ),
         history=History(chunk=2, window=4),
         shift=3.0,
         levels={1: (1.0,), 2: (1.0, 0.75)},

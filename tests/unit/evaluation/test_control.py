@@ -11,9 +11,9 @@ from minwm.errors import DataError, TrainingError
 from minwm.evaluation.control import ControlMargin, control_margin, derangement
 from minwm.geometry.camera import relative_viewmats
 from minwm.models.backbones import Backbone
+from minwm.models.conditions import Conditions
 from minwm.models.context import teacher_forcing
 from minwm.models.prope import Cameras
-from minwm.models.text import byte_tokens
 from minwm.training.autoregressive import denoise_given_clean
 from minwm.training.draw import Draw
 
@@ -44,10 +44,11 @@ def test_the_losses_are_those_of_teacher_forcing_in_float32(backbone: Backbone, 
         clean = torch.from_numpy(own.latents)[None].float()
         noise = Draw(3, 0, [0 if own is first else 1]).normal("noise", clean.shape[1:])
         sigma = flow.warp(torch.full((1, 8), 0.5), 3.0)
-        cameras = Cameras(torch.from_numpy(relative_viewmats(path.poses))[None], torch.from_numpy(own.intrinsics)[None])
-        prompt = backbone.model.prompt(byte_tokens([own.caption], backbone.text_length))
+        viewmats = torch.from_numpy(relative_viewmats(path.poses))[None]
+        conditions = Conditions(Cameras.track(viewmats, torch.from_numpy(own.intrinsics)[None]))
+        prompt = backbone.model.prompt(backbone.encode([own.caption]))
         noisy, context = flow.add_noise(clean, noise, sigma), teacher_forcing(8, backbone.config.history)
-        predicted = denoise_given_clean(backbone.model, noisy, clean, sigma, prompt, cameras, context)
+        predicted = denoise_given_clean(backbone.model, noisy, clean, sigma, prompt, conditions, context)
         expected.append(float((predicted - (noise - clean)).square().mean()))
     assert measured.loss_true == pytest.approx(np.mean(expected[:2]), rel=5e-3)  # bf16 against float32
     assert measured.loss_shuffled == pytest.approx(np.mean(expected[2:]), rel=5e-3)

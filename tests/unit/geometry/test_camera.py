@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from minwm.errors import ConfigError, DataError
-from minwm.geometry.camera import intrinsics_for_fov, invert, relative_viewmats, require_rigid, rotation_angle, se3_exp
+from minwm.geometry.camera import (
+    intrinsics_for_fov,
+    invert,
+    relative_viewmats,
+    require_intrinsics,
+    require_rigid,
+    rotation_angle,
+    se3_exp,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -44,6 +52,22 @@ def brute_force_exp(twist: NDArray[np.float64]) -> NDArray[np.float64]:
 def test_invert_equals_the_general_matrix_inverse(seed: int) -> None:
     poses = random_poses(seed, 6).reshape(2, 3, 4, 4)
     np.testing.assert_allclose(invert(poses), np.linalg.inv(poses), atol=1e-12)
+
+
+@given(seeds)
+def test_poses_compose_and_invert_back(seed: int) -> None:
+    first, second = random_poses(seed, 8).reshape(2, 4, 4, 4)
+    np.testing.assert_allclose(invert(invert(first)), first, atol=1e-12)
+    np.testing.assert_allclose(first @ invert(first), np.tile(np.eye(4), (4, 1, 1)), atol=1e-12)
+    np.testing.assert_allclose(first @ (invert(first) @ second), second, atol=1e-12)
+    np.testing.assert_allclose(invert(first @ second), invert(second) @ invert(first), atol=1e-12)
+
+
+@given(seeds)
+def test_poses_are_read_back_from_relative_viewmats(seed: int) -> None:
+    poses = random_poses(seed, 6)
+    viewmats = relative_viewmats(poses).astype(np.float64)
+    np.testing.assert_allclose(poses[0] @ invert(viewmats), poses, atol=1e-5)
 
 
 @given(seeds)
@@ -98,6 +122,16 @@ def test_poses_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
         require_rigid(np.zeros(shape))
 
 
+@given(seeds, st.integers(0, 5), st.integers(0, 3), st.integers(0, 3), st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_a_number_that_is_not_finite_is_refused_wherever_it_is(
+    seed: int, frame: int, row: int, column: int, value: float
+) -> None:
+    poses = random_poses(seed, 6)
+    poses[frame, row, column] = value
+    with pytest.raises(DataError, match=f"frame {frame} is not finite"):
+        require_rigid(poses)
+
+
 @given(seeds, st.floats(-12, 0.5))
 def test_exponential_equals_the_power_series_at_every_size(seed: int, magnitude: float) -> None:
     twist = np.random.default_rng(seed).standard_normal(6)
@@ -111,6 +145,12 @@ def test_exponential_is_continuous_where_the_series_takes_over() -> None:
     below[3:] *= 1e-3 * (1 - 1e-9)
     above[3:] *= 1e-3 * (1 + 1e-9)
     np.testing.assert_allclose(se3_exp(above), se3_exp(below), rtol=0, atol=1e-11)
+
+
+@given(seeds)
+def test_the_opposite_exponential_is_the_inverse(seed: int) -> None:
+    twist = np.random.default_rng(seed).standard_normal(6)
+    np.testing.assert_allclose(se3_exp(-twist), invert(se3_exp(twist)), atol=1e-12)
 
 
 def test_exponential_of_nothing_is_the_identity() -> None:
@@ -143,3 +183,34 @@ def test_an_impossible_field_of_view_is_refused(degrees: float) -> None:
 def test_an_empty_picture_is_refused() -> None:
     with pytest.raises(ConfigError, match="height=0"):
         intrinsics_for_fov(90.0, 0, 128)
+
+
+@given(st.floats(5, 170), st.integers(1, 2000), st.integers(1, 2000))
+def test_intrinsics_of_any_camera_are_accepted(degrees: float, height: int, width: int) -> None:
+    one = intrinsics_for_fov(degrees, height, width)
+    require_intrinsics(one)
+    require_intrinsics(np.tile(one, (2, 3, 1)).astype(np.float64))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["fx", "fy", "cx", "cy"])
+def test_intrinsics_that_are_not_finite_are_refused_by_name(name: str, value: float) -> None:
+    intrinsics = np.array([0.5, 0.9, 0.5, 0.5], np.float32)
+    intrinsics[["fx", "fy", "cx", "cy"].index(name)] = value
+    with pytest.raises(DataError, match=rf"^intrinsics: {name}={value}, expected a finite number"):
+        require_intrinsics(intrinsics)
+
+
+@given(st.integers(0, 2), st.integers(0, 1), st.floats(-1e3, 0))
+def test_a_focal_length_that_is_not_positive_is_refused_by_its_camera(camera: int, axis: int, focal: float) -> None:
+    intrinsics = np.random.default_rng(camera).uniform(0.4, 0.9, (2, 3, 4))
+    intrinsics[1, camera, axis] = focal
+    with pytest.raises(DataError) as refused:
+        require_intrinsics(intrinsics)
+    assert str(refused.value) == (f"intrinsics[1, {camera}]: f{'xy'[axis]}={focal}, expected a finite number above 0")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (5,), (4, 3), (3, 3)])
+def test_intrinsics_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match=r"expected \(\.\.\., 4\): fx fy cx cy"):
+        require_intrinsics(np.ones(shape))

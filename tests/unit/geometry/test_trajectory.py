@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from minwm.errors import TrajectoryError
-from minwm.geometry.camera import relative_viewmats, require_rigid
+from minwm.geometry.camera import invert, relative_viewmats, require_rigid, se3_exp
 from minwm.geometry.trajectory import KEYS, MAX_COUNT, Step, motion, parse, poses
 
 pytestmark = pytest.mark.unit
@@ -110,6 +110,20 @@ def test_poses_follow_the_reference_s_rule(steps: list[Step], distance: float, d
     np.testing.assert_array_equal(path[0], np.eye(4))
     np.testing.assert_allclose(path, straightforward_poses(steps, distance, degrees), atol=1e-12)
     require_rigid(path)
+
+
+@given(
+    steps_of_any_keys,
+    st.floats(0.01, 2),
+    st.floats(0.1, 30),
+    st.lists(st.floats(-3, 3), min_size=6, max_size=6),
+)
+def test_a_trajectory_is_read_back_from_its_viewmats_wherever_it_starts(
+    steps: list[Step], distance: float, degrees: float, start: list[float]
+) -> None:
+    path = poses(steps, distance, degrees)
+    viewmats = relative_viewmats(se3_exp(np.array(start)) @ path).astype(np.float64)
+    np.testing.assert_allclose(invert(viewmats), path, atol=1e-4)
 
 
 def test_opposite_keys_cancel() -> None:

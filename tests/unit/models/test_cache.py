@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -9,51 +10,83 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minwm.errors import InputError
 from minwm.models.backbones import Backbone
 from minwm.models.cache import CacheGeometry, KVCache
-from minwm.models.context import History, Masked, teacher_forcing
-from minwm.models.prope import Cameras
-from minwm.models.wan import Prompt
+from minwm.models.conditions import ConditionName, Conditions
+from minwm.models.context import Beside, History, Masked, attention, teacher_forcing
+from minwm.models.prope import projection, transform
+from minwm.models.rope import rotate, rotation
+from minwm.models.transformer import Prompt
 
 pytestmark = pytest.mark.unit
 
-NewBackbone = Callable[[History], Backbone]
-NewCameras = Callable[[int, int], Cameras]
+NewBackbone = Callable[..., Backbone]
+NewConditions = Callable[[int, int], Conditions]
+NewText = Callable[..., Any]
 
-FRAMES = 13  # several evictions, and no multiple of the chunks 2 and 3
+FRAMES = 12
 HISTORIES = [
     History(chunk=chunk, window=window, sink=sink)
-    for chunk, window in ((1, 1), (1, 4), (2, 2), (2, 4), (2, 5), (3, 4), (3, 6), (2, 20))
+    for chunk, window in ((1, 1), (1, 4), (2, 2), (2, 4), (2, 5), (3, 4), (3, 6), (4, 4), (4, 6), (2, 20))
     for sink in (0, 1, 3)
+]
+FEW_HISTORIES = [History(chunk=chunk, window=chunk + 3, sink=chunk % 2) for chunk in (1, 2, 3, 4)]
+STEERED: list[tuple[ConditionName, ...]] = [
+    (),
+    ("camera_prope",),
+    ("camera_plucker",),
+    ("camera_attention",),
+    ("action_attention",),
+    ("action_timestep",),
+    ("first_image",),
+    ("camera_prope", "camera_plucker", "camera_attention", "action_attention", "action_timestep"),
+]
+CASES = [
+    *[("wan", ("camera_prope",), history) for history in HISTORIES],
+    *[("wan", steered, history) for steered in STEERED for history in FEW_HISTORIES],
+    *[
+        ("hunyuan", steered, history)
+        for steered in STEERED
+        if "first_image" not in steered
+        for history in FEW_HISTORIES
+    ],
 ]
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Random clean and noisy frames (2, FRAMES, 4, 4, 6), the noise's level per chunk, and the conditions."""
+    """Random clean and noisy frames (2, FRAMES, 4, 4, 6), the noise's level per chunk, and what steers them."""
 
+    backbone: Backbone
     clean: Tensor
     noisy: Tensor
     timesteps: Tensor
     prompt: Prompt
-    cameras: Cameras | None
+    conditions: Conditions
 
-    def cameras_of(self, start: int, end: int) -> Cameras | None:
-        return None if self.cameras is None else self.cameras.frames(start, end)
-
-
-@pytest.fixture(params=HISTORIES, ids=lambda h: f"chunk{h.chunk}-window{h.window}-sink{h.sink}")
-def backbone(request: pytest.FixtureRequest, new_backbone: NewBackbone) -> Backbone:
-    return new_backbone(request.param)
+    def new_cache(self) -> KVCache:
+        geometry = self.backbone.model.architecture.cache_geometry(4, 6, self.backbone.config.history)
+        return KVCache(geometry, 2, torch.float32)
 
 
-@pytest.fixture(params=[True, False], ids=["camera", "no camera"])
-def stream(request: pytest.FixtureRequest, backbone: Backbone, new_cameras: NewCameras) -> Stream:
-    torch.manual_seed(1)
-    clean, noisy = torch.randn(2, 2, FRAMES, 4, 4, 6)
-    levels = 1000 * torch.rand(2, FRAMES).repeat_interleave(backbone.config.history.chunk, 1)[:, :FRAMES]
-    prompt = backbone.model.prompt(torch.randint(0, 257, (2, 12)))
-    return Stream(clean, noisy, levels, prompt, new_cameras(2, FRAMES) if request.param else None)
+def _name(case: tuple[str, tuple[str, ...], History]) -> str:
+    kind, steered, history = case
+    return f"{kind}-{'+'.join(steered) or 'alone'}-chunk{history.chunk}-window{history.window}-sink{history.sink}"
+
+
+@pytest.fixture
+def new_stream(new_backbone: NewBackbone, new_conditions: NewConditions, new_text: NewText) -> Callable[..., Stream]:
+    def make(kind: str, steered: tuple[str, ...], history: History, **changes: str) -> Stream:
+        backbone = new_backbone(history, kind=kind, conditions=steered, **changes)
+        torch.manual_seed(1)
+        clean, noisy = torch.randn(2, 2, FRAMES, 4, 4, 6)
+        levels = 1000 * torch.rand(2, FRAMES // history.chunk).repeat_interleave(history.chunk, 1)
+        with torch.no_grad():
+            prompt = backbone.model.prompt(new_text(backbone.config.architecture, 2))
+        return Stream(backbone, clean, noisy, levels, prompt, new_conditions(2, FRAMES))
+
+    return make
 
 
 def assert_equal(got: Tensor, expected: Tensor, frame: int) -> None:
@@ -62,55 +95,64 @@ def assert_equal(got: Tensor, expected: Tensor, frame: int) -> None:
 
 def chunks(history: History) -> Iterator[tuple[int, int]]:
     for start in range(0, FRAMES, history.chunk):
-        yield start, min(start + history.chunk, FRAMES)
+        yield start, start + history.chunk
 
 
+@pytest.mark.parametrize("case", CASES, ids=_name)
 @torch.no_grad()
-def test_cached_forward_equals_teacher_forced_forward(backbone: Backbone, stream: Stream) -> None:
-    model, history = backbone.model, backbone.config.history
+def test_cached_forward_equals_teacher_forced_forward(
+    new_stream: Callable[..., Stream], case: tuple[str, tuple[str, ...], History]
+) -> None:
+    stream = new_stream(*case)
+    model, history = stream.backbone.model, stream.backbone.config.history
     expected = model(
         torch.cat([stream.clean, stream.noisy], 1),
         torch.cat([torch.zeros(2, FRAMES), stream.timesteps], 1),
         stream.prompt,
         teacher_forcing(FRAMES, history),
-        None if stream.cameras is None else stream.cameras.repeat_frames(2),
+        stream.conditions.repeat_frames(2),
     )[:, FRAMES:]
 
-    geometry = model.config.cache_geometry(4, 6, history, cameras=stream.cameras is not None)
-    cache = KVCache(geometry, 2, torch.float32)
+    cache = stream.new_cache()
     for start, end in chunks(history):
-        context, cameras = cache.context(start, end - start), stream.cameras_of(start, end)
+        context, conditions = cache.context(start, end - start), stream.conditions.frames(start, end)
         junk = torch.randn_like(stream.noisy[:, start:end])  # earlier denoising steps leave keys to be overwritten
-        model(junk, stream.timesteps[:, start:end], stream.prompt, context, cameras)
-        got = model(stream.noisy[:, start:end], stream.timesteps[:, start:end], stream.prompt, context, cameras)
+        model(junk, stream.timesteps[:, start:end], stream.prompt, context, conditions)
+        got = model(stream.noisy[:, start:end], stream.timesteps[:, start:end], stream.prompt, context, conditions)
         assert_equal(got, expected[:, start:end], start)
-        model(stream.clean[:, start:end], torch.zeros(2, end - start), stream.prompt, context, cameras)
+        model(stream.clean[:, start:end], torch.zeros(2, end - start), stream.prompt, context, conditions)
 
 
+@pytest.mark.parametrize("case", CASES, ids=_name)
 @torch.no_grad()
-def test_cached_forward_equals_one_masked_forward_over_the_whole_history(backbone: Backbone, stream: Stream) -> None:
-    model, history = backbone.model, backbone.config.history
+def test_cached_forward_equals_one_masked_forward_over_the_whole_history(
+    new_stream: Callable[..., Stream], case: tuple[str, tuple[str, ...], History]
+) -> None:
+    """Not one over the truncated history: deeper layers remember more than the window."""
+    stream = new_stream(*case)
+    model, history = stream.backbone.model, stream.backbone.config.history
     mask = torch.zeros(FRAMES, FRAMES, dtype=torch.bool)
     for start, end in chunks(history):
         mask[start:end, max(0, end - history.window) : end] = True
         mask[start:end, : min(history.sink, end)] = True
-    expected = model(stream.clean, stream.timesteps, stream.prompt, Masked(range(FRAMES), mask), stream.cameras)
+    context = Masked(range(FRAMES), mask)
+    expected = model(stream.clean, stream.timesteps, stream.prompt, context, stream.conditions)
 
-    geometry = model.config.cache_geometry(4, 6, history, cameras=stream.cameras is not None)
-    cache = KVCache(geometry, 2, torch.float32)
+    cache = stream.new_cache()
     for start, end in chunks(history):
-        context, cameras = cache.context(start, end - start), stream.cameras_of(start, end)
-        got = model(stream.clean[:, start:end], stream.timesteps[:, start:end], stream.prompt, context, cameras)
-        assert_equal(got, expected[:, start:end], start)
+        part, conditions = slice(start, end), stream.conditions.frames(start, end)
+        here = cache.context(start, end - start)
+        got = model(stream.clean[:, part], stream.timesteps[:, part], stream.prompt, here, conditions)
+        assert_equal(got, expected[:, part], start)
 
 
 def test_history_beyond_the_window_is_forgotten(new_backbone: NewBackbone) -> None:
     """Frames that have left the window of every frame in it change nothing; those inside do."""
-    backbone = new_backbone(History(chunk=2, window=4))
+    backbone = new_backbone(History(chunk=2, window=4), conditions=())
     model = backbone.model
     torch.manual_seed(0)
     prompt = model.prompt(torch.randint(0, 257, (1, 12)))
-    geometry = model.config.cache_geometry(4, 6, backbone.config.history, cameras=False)
+    geometry = model.architecture.cache_geometry(4, 6, backbone.config.history)
     clean = torch.randn(1, 12, 4, 4, 6)
 
     @torch.no_grad()
@@ -126,6 +168,38 @@ def test_history_beyond_the_window_is_forgotten(new_backbone: NewBackbone) -> No
     recent[:, 6] += 1
     assert torch.equal(last_chunk(long_ago), last_chunk(clean))
     assert not torch.allclose(last_chunk(recent), last_chunk(clean), atol=1e-3)
+
+
+def test_a_prompt_may_change_between_chunks(new_stream: Callable[..., Stream], new_text: NewText) -> None:
+    """What the cache keeps beside the frames is that of the pass, whichever prompts were there before."""
+    stream = new_stream("hunyuan", ("camera_prope",), History(chunk=2, window=4))
+    model = stream.backbone.model
+    with torch.no_grad():
+        other = model.prompt(new_text(stream.backbone.config.architecture, 2, seed=9))
+
+    @torch.no_grad()
+    def last(prompts: list[Prompt]) -> Tensor:
+        cache = stream.new_cache()
+        for number, prompt in enumerate(prompts):
+            part = slice(2 * number, 2 * number + 2)
+            context, conditions = cache.context(part.start, 2), stream.conditions.frames(part.start, part.stop)
+            for seen in (other, prompt):  # the first of the two passes is overwritten
+                out: Tensor = model(stream.clean[:, part], stream.timesteps[:, part], seen, context, conditions)
+        return out
+
+    same, changed = last([stream.prompt] * 3), last([stream.prompt, stream.prompt, other])
+    assert not torch.allclose(same, changed, atol=1e-3)
+    once_more = last([stream.prompt] * 3)
+    assert torch.equal(once_more, same)
+
+
+def test_a_prompt_longer_than_the_cache_has_room_for_is_refused() -> None:
+    history = History(chunk=1, window=1)
+    geometry = CacheGeometry(layers=1, heads=1, head_dim=2, tokens_per_frame=1, history=history, beside=3)
+    cache = KVCache(geometry, 1, torch.float32)
+    keys = torch.randn(1, 4, 1, 2)
+    with pytest.raises(InputError, match="prompt: has 4 tokens, expected at most the cache's 3"):
+        cache.update(0, 0, 1, torch.randn(2, 1, 1, 1, 2), Beside(keys, keys))
 
 
 @given(
@@ -170,3 +244,72 @@ def test_the_declared_bytes_are_those_allocated() -> None:
     # keys and values of 1 + 5 frames of 6 tokens, 4 heads of 8 channels, in 3 layers, 2 bytes each
     assert geometry.bytes(torch.bfloat16) == 2 * 6 * 6 * 4 * 8 * 3 * 2
     assert cache._store.untyped_storage().nbytes() == geometry.bytes(torch.bfloat16)
+
+
+@pytest.mark.parametrize("history", FEW_HISTORIES, ids=lambda h: f"chunk{h.chunk}")
+@torch.no_grad()
+def test_compat_shows_the_attention_by_camera_a_past_that_was_placed_by_position(
+    new_stream: Callable[..., Stream], history: History
+) -> None:
+    """minWM's HunyuanVideo rollout, one layer spelled out: [text | rotated past, not projected | projected chunk]."""
+    stream = new_stream("hunyuan", ("camera_prope",), history, prope_history="compat", layers=1)
+    model, cameras = stream.backbone.model, stream.conditions.cameras
+    assert cameras is not None
+    block, config = model.double_blocks[0], model.config
+    cache = stream.new_cache()
+    assert cache.geometry.heads == config.heads, "one branch is kept"
+    past: list[tuple[Tensor, Tensor]] = []
+    for start, end in chunks(history):
+        x = model.img_in(stream.clean[:, start:end], None, range(start, end))
+        if start == 0:
+            x = model.img_in(stream.clean[:, start:end], stream.conditions.image, range(start, end))
+        vector = model.time_in(stream.timesteps[:, start:end])
+        got = model(
+            stream.clean[:, start:end],
+            stream.timesteps[:, start:end],
+            stream.prompt,
+            cache.context(start, end - start),
+            stream.conditions.frames(start, end),
+        )
+
+        beside, modulation = stream.prompt.layers[0], block._modulation("img", vector)
+        q, k, v = block._heads("img", x, modulation)
+        angles = rotation(range(start, end), 4, 6, config.axes, x.device, theta=config.theta)
+        camera = projection(cameras.frames(start, end))
+        seen = [frame for frame in range(start) if history.sees(end, frame)]
+        keys, values = ([past[frame][part] for frame in seen] for part in (0, 1))
+        keys, values = [beside.keys, *keys], [beside.values, *values]
+        real = beside.key_mask((len(seen) + end - start) * 24)
+        rotated = rotate(k, angles)
+        turned, all_values = transform(q, camera.matrix.mT), torch.cat([*values, transform(v, camera.inverse)], 1)
+        by_position = attention(rotate(q, angles), torch.cat([*keys, rotated], 1), torch.cat([*values, v], 1), real)
+        by_camera = attention(turned, torch.cat([*keys, transform(k, camera.inverse)], 1), all_values, real)
+        read = block.img_attn_proj(by_position.flatten(2))
+        read = read + block.img_attn_prope_proj(transform(by_camera, camera.matrix).flatten(2))
+        expected = model.final_layer(block._finish("img", x, modulation, read), vector).mT.unflatten(-1, (4, 6))
+        assert_equal(got, expected, start)
+        past += zip(rotated.split(24, 1), v.split(24, 1), strict=True)
+
+
+@torch.no_grad()
+def test_exact_and_compat_agree_until_there_is_a_past(new_stream: Callable[..., Stream]) -> None:
+    history = History(chunk=2, window=4)
+    outputs = []
+    for mode in ("exact", "compat"):
+        stream = new_stream("hunyuan", ("camera_prope",), history, prope_history=mode)
+        cache = stream.new_cache()
+        outputs.append(
+            [
+                stream.backbone.model(
+                    stream.clean[:, part],
+                    stream.timesteps[:, part],
+                    stream.prompt,
+                    cache.context(part.start, 2),
+                    stream.conditions.frames(part.start, part.stop),
+                )
+                for part in (slice(0, 2), slice(2, 4))
+            ]
+        )
+    (exact_first, exact_second), (compat_first, compat_second) = outputs
+    torch.testing.assert_close(exact_first, compat_first, rtol=0, atol=1e-5)
+    assert not torch.allclose(exact_second, compat_second, atol=1e-3)

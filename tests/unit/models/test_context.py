@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minwm.errors import ConfigError
-from minwm.models.context import Full, History, Masked, attention, teacher_forcing
+from minwm.errors import ConfigError, InputError
+from minwm.models.context import Beside, Full, History, Masked, attention, teacher_forcing
 
 pytestmark = pytest.mark.unit
 
@@ -20,7 +20,7 @@ histories = st.builds(
 
 def allowed_by_the_words(frames: int, history: History) -> torch.Tensor:
     """The rule, one sentence at a time, with chunks as lists of frames."""
-    chunks = [list(range(first, min(first + history.chunk, frames))) for first in range(0, frames, history.chunk)]
+    chunks = [list(range(first, first + history.chunk)) for first in range(0, frames, history.chunk)]
     table = torch.zeros(2 * frames, 2 * frames, dtype=torch.bool)
     for number, chunk in enumerate(chunks):
         earlier = [frame for other in chunks[:number] for frame in other]
@@ -40,15 +40,26 @@ def allowed_by_the_words(frames: int, history: History) -> torch.Tensor:
     return table
 
 
-@given(frames=st.integers(1, 17), history=histories)
-def test_teacher_forcing_mask_is_the_table_of_its_rule(frames: int, history: History) -> None:
+@given(chunks=st.integers(1, 6), history=histories)
+def test_teacher_forcing_mask_is_the_table_of_its_rule(chunks: int, history: History) -> None:
+    frames = chunks * history.chunk
     context = teacher_forcing(frames, history)
     assert torch.equal(context.mask, allowed_by_the_words(frames, history))
 
 
-@given(frames=st.integers(1, 17), history=histories)
-def test_both_halves_stand_at_the_same_positions(frames: int, history: History) -> None:
+@given(chunks=st.integers(1, 6), history=histories)
+def test_both_halves_stand_at_the_same_positions(chunks: int, history: History) -> None:
+    frames = chunks * history.chunk
     assert list(teacher_forcing(frames, history).positions) == [*range(frames), *range(frames)]
+
+
+@given(history=histories, frames=st.integers(1, 40))
+def test_frames_that_do_not_divide_into_chunks_are_refused(history: History, frames: int) -> None:
+    if frames % history.chunk == 0:
+        teacher_forcing(frames, history)
+        return
+    with pytest.raises(InputError, match=f"frames={frames}: expected a multiple of the chunk, {history.chunk} latent"):
+        teacher_forcing(frames, history)
 
 
 @given(history=histories, end=st.integers(1, 40))
@@ -82,6 +93,27 @@ def test_a_frame_mask_holds_for_every_token_of_the_frames(seed: int, frames: int
         keys = [other for other in range(frames * tokens) if mask[token // tokens, other // tokens]]
         logits = torch.einsum("bhd,bnhd->bnh", q[:, token], k[:, keys]) / 8**0.5
         torch.testing.assert_close(out[:, token], torch.einsum("bnh,bnhd->bhd", logits.softmax(1), v[:, keys]))
+
+
+@given(seed=st.integers(0, 1000), masked=st.booleans())
+def test_what_stands_beside_the_frames_is_seen_by_all_of_them_where_it_is_real(seed: int, masked: bool) -> None:
+    """A prompt's keys, of half as many heads as the queries have, against attention spelled out."""
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(3, 2, 6, 4, 8, dtype=torch.float64)
+    keys, values = torch.randn(2, 2, 5, 2, 8, dtype=torch.float64)
+    real = torch.arange(5) < torch.tensor([[5], [2]])
+    frames = (torch.rand(3, 3) < 0.5) | torch.eye(3, dtype=torch.bool)
+    context = Masked(range(3), frames) if masked else Full(3)
+    out = context.attend(0, q, k, v, Beside(keys, values, real))
+    for stream in range(2):
+        for token in range(6):
+            own = [other for other in range(6) if not masked or frames[token // 2, other // 2]]
+            beside = [other for other in range(5) if real[stream, other]]
+            for head in range(4):
+                all_keys = torch.cat([k[stream, own, head], keys[stream, beside, head % 2]])
+                all_values = torch.cat([v[stream, own, head], values[stream, beside, head % 2]])
+                weights = (all_keys @ q[stream, token, head] / 8**0.5).softmax(0)
+                torch.testing.assert_close(out[stream, token, head], weights @ all_values)
 
 
 def test_full_context_is_attention_without_a_mask() -> None:

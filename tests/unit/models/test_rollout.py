@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from minwm.models.backbones import Backbone
+from minwm.models.conditions import Conditions
 from minwm.models.context import History, teacher_forcing
-from minwm.models.prope import Cameras
 from minwm.models.rollout import ChunkRollout
 
 pytestmark = pytest.mark.unit
 
 NewBackbone = Callable[[History], Backbone]
-NewCameras = Callable[[int, int], Cameras]
+NewConditions = Callable[[int, int], Conditions]
 HISTORY = History(chunk=2, window=5, sink=1)
 FRAMES = 12
 LEVELS = (1.0, 0.6, 0.2)
@@ -28,10 +28,10 @@ def noise() -> Tensor:
 
 @torch.no_grad()
 def test_sampling_from_the_cache_equals_sampling_under_the_teacher_forcing_mask(
-    new_backbone: NewBackbone, new_cameras: NewCameras, noise: Tensor
+    new_backbone: NewBackbone, new_conditions: NewConditions, noise: Tensor
 ) -> None:
     """Chunk after chunk, in several steps, as if every step saw the whole clean past through the mask."""
-    model, cameras = new_backbone(HISTORY).model, new_cameras(2, FRAMES)
+    model, conditions = new_backbone(HISTORY).model, new_conditions(2, FRAMES)
     prompt = model.prompt(torch.randint(1, 257, (2, 12)))
     rollout = ChunkRollout(model, HISTORY, (4, 4, 6), batch=2)
     context = teacher_forcing(FRAMES, HISTORY)
@@ -43,13 +43,13 @@ def test_sampling_from_the_cache_equals_sampling_under_the_teacher_forcing_mask(
             noisy, timesteps = torch.zeros_like(clean), torch.zeros(2, FRAMES)
             noisy[:, now], timesteps[:, now] = x, 1000 * level
             both, twice = torch.cat([clean, noisy], 1), torch.cat([torch.zeros(2, FRAMES), timesteps], 1)
-            velocity = model(both, twice, prompt, context, cameras.repeat_frames(2))[:, FRAMES:][:, now]
+            velocity = model(both, twice, prompt, context, conditions.repeat_frames(2))[:, FRAMES:][:, now]
             x = x - level * velocity
             if step + 1 < len(LEVELS):
                 x = (1 - LEVELS[step + 1]) * x + LEVELS[step + 1] * noise[step + 1][:, now]
         clean[:, now] = x
 
-        seen = cameras.frames(start, start + 2)
+        seen = conditions.frames(start, start + 2)
         got = rollout.denoise(noise[0][:, now], prompt, seen, LEVELS, lambda i, now=now: noise[i + 1][:, now])
         torch.testing.assert_close(got, x, rtol=0, atol=2e-4, msg=lambda m, start=start: f"frame {start}: {m}")
         rollout.commit(got, prompt, seen)
@@ -58,33 +58,33 @@ def test_sampling_from_the_cache_equals_sampling_under_the_teacher_forcing_mask(
 
 @torch.no_grad()
 def test_denoising_before_the_commit_leaves_the_past_as_it_was(
-    new_backbone: NewBackbone, new_cameras: NewCameras, noise: Tensor
+    new_backbone: NewBackbone, new_conditions: NewConditions, noise: Tensor
 ) -> None:
-    """A chunk may be tried with other cameras and noise, and then made again, the same."""
-    model, cameras = new_backbone(HISTORY).model, new_cameras(2, FRAMES)
+    """A chunk may be tried with other conditions and noise, and then made again, the same."""
+    model, conditions = new_backbone(HISTORY).model, new_conditions(2, FRAMES)
     prompt = model.prompt(torch.randint(1, 257, (2, 12)))
     rollout = ChunkRollout(model, HISTORY, (4, 4, 6), batch=2)
     for start in range(0, FRAMES - 2, 2):
-        rollout.commit(noise[0][:, start : start + 2], prompt, cameras.frames(start, start + 2))
-    last, seen = noise[0][:, -2:], cameras.frames(FRAMES - 2, FRAMES)
+        rollout.commit(noise[0][:, start : start + 2], prompt, conditions.frames(start, start + 2))
+    last, seen = noise[0][:, -2:], conditions.frames(FRAMES - 2, FRAMES)
 
     def again() -> Tensor:
         return rollout.denoise(last, prompt, seen, LEVELS, lambda i: noise[i + 1][:, -2:])
 
     first = again()
-    rollout.denoise(-last, prompt, cameras.frames(0, 2), LEVELS, lambda i: last)
+    rollout.denoise(-last, prompt, conditions.frames(0, 2), LEVELS, lambda i: last)
     assert torch.equal(again(), first)
 
 
 def test_gradient_flows_through_the_exit_step_alone(
-    new_backbone: NewBackbone, new_cameras: NewCameras, noise: Tensor
+    new_backbone: NewBackbone, new_conditions: NewConditions, noise: Tensor
 ) -> None:
     """The exit step's prediction is the result; what came before it is a constant."""
-    model, cameras = new_backbone(HISTORY).model, new_cameras(2, FRAMES)
+    model, conditions = new_backbone(HISTORY).model, new_conditions(2, FRAMES)
     prompt = model.prompt(torch.randint(1, 257, (2, 12))).detach()
     rollout = ChunkRollout(model, HISTORY, (4, 4, 6), batch=2)
-    rollout.commit(noise[0][:, :2], prompt, cameras.frames(0, 2))
-    seen = cameras.frames(2, 4)
+    rollout.commit(noise[0][:, :2], prompt, conditions.frames(0, 2))
+    seen = conditions.frames(2, 4)
     start = noise[0][:, 2:4].clone().requires_grad_()
     out = rollout.denoise(start, prompt, seen, LEVELS, lambda i: noise[i + 1][:, 2:4], exit_step=1)
     weight = model.blocks[0].ffn[0].weight

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
 
 
-def complex_rotation(x: Tensor, frames: list[int], rows: int, columns: int, split: tuple[int, int, int]) -> Tensor:
+def complex_rotation(
+    x: Tensor, frames: list[int], rows: int, columns: int, split: tuple[int, int, int], theta: float
+) -> Tensor:
     """x (b, n, h, d) float64: each pair of channels times e^(i·angle), token by token."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()).clone()
     token = 0
@@ -23,20 +25,23 @@ def complex_rotation(x: Tensor, frames: list[int], rows: int, columns: int, spli
                 pair = 0
                 for position, width in zip((frame, row, column), split, strict=True):
                     for i in range(width // 2):
-                        angle = torch.tensor(position * 10000.0 ** (-2 * i / width), dtype=torch.float64)
+                        angle = torch.tensor(position * theta ** (-2 * i / width), dtype=torch.float64)
                         pairs[:, token, :, pair] *= torch.polar(torch.ones_like(angle), angle)
                         pair += 1
                 token += 1
     return torch.view_as_real(pairs).flatten(-2)
 
 
-@pytest.mark.parametrize(("head_dim", "split"), [(64, (24, 20, 20)), (128, (44, 42, 42)), (16, (8, 4, 4))])
-def test_rotation_is_wan_s_split_of_complex_phases(head_dim: int, split: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("split", "theta"),
+    [((24, 20, 20), 10000.0), ((44, 42, 42), 10000.0), ((8, 4, 4), 10000.0), ((16, 56, 56), 256.0)],
+)
+def test_rotation_is_a_split_of_complex_phases(split: tuple[int, int, int], theta: float) -> None:
     torch.manual_seed(0)
     frames = [0, 3, 2, 1023]
-    x = torch.randn(2, 4 * 2 * 3, 2, head_dim, dtype=torch.float64)
-    got = rotate(x.float(), rotation(frames, 2, 3, head_dim, CPU))
-    torch.testing.assert_close(got.double(), complex_rotation(x, frames, 2, 3, split), rtol=0, atol=1e-6)
+    x = torch.randn(2, 4 * 2 * 3, 2, sum(split), dtype=torch.float64)
+    got = rotate(x.float(), rotation(frames, 2, 3, split, CPU, theta=theta))
+    torch.testing.assert_close(got.double(), complex_rotation(x, frames, 2, 3, split, theta), rtol=0, atol=1e-6)
 
 
 @given(seed=st.integers(0, 1000), far=st.integers(1_000, 10_000_000), apart=st.integers(-20, 20))
@@ -45,8 +50,8 @@ def test_far_frames_see_the_same_relative_positions_as_near_ones(seed: int, far:
     q, k = torch.randn(2, 1, 1, 1, 64)
 
     def logit(position: int) -> float:
-        rotated_q = rotate(q, rotation([position + apart], 1, 1, 64, CPU))
-        rotated_k = rotate(k, rotation([position], 1, 1, 64, CPU))
+        rotated_q = rotate(q, rotation([position + apart], 1, 1, (24, 20, 20), CPU))
+        rotated_k = rotate(k, rotation([position], 1, 1, (24, 20, 20), CPU))
         return float((rotated_q * rotated_k).sum())
 
     assert logit(far) == pytest.approx(logit(20), abs=2e-5)
@@ -54,6 +59,6 @@ def test_far_frames_see_the_same_relative_positions_as_near_ones(seed: int, far:
 
 def test_rotation_keeps_lengths_and_the_data_type() -> None:
     x = torch.randn(1, 6, 2, 64, dtype=torch.bfloat16)
-    rotated = rotate(x, rotation([100_000], 2, 3, 64, CPU))
+    rotated = rotate(x, rotation([100_000], 2, 3, (24, 20, 20), CPU))
     assert rotated.dtype == torch.bfloat16
     torch.testing.assert_close(rotated.float().norm(dim=-1), x.float().norm(dim=-1), rtol=1e-2, atol=0)

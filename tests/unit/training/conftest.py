@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 from minwm.data.clips import Clip
 from minwm.models.backbones import Backbone
+from minwm.models.conditions import Conditions
 from minwm.models.context import Context
-from minwm.models.prope import Cameras
 from minwm.training.batch import Batch, WindowConfig, cut_windows
 from minwm.training.draw import Draw
 
 
 @dataclass(frozen=True)
 class Call:
-    """One forward pass of a `Wan`, as it happened."""
+    """One forward pass of a backbone, as it happened."""
 
     latents: Tensor
     timesteps: Tensor
     prompt: Any
     context: Context
-    cameras: Cameras | None
+    conditions: Conditions | None
     output: Tensor
     with_gradient: bool
 
@@ -58,4 +58,4 @@ def draw() -> Draw:
 @pytest.fixture
 def batch(new_clips: Callable[[int, int], list[Clip]], tiny_backbone: Backbone, draw: Draw) -> Batch:
     """Three windows of 8 latent frames."""
-    return cut_windows(new_clips(3, 10), draw, WindowConfig(frames=8), tiny_backbone.text_length)
+    return cut_windows(new_clips(3, 10), draw, WindowConfig(frames=8), tiny_backbone.encode)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.unit
 Record = Callable[[nn.Module], list[Any]]
 
 
-@pytest.mark.parametrize("history", [History(chunk=2, window=4), History(chunk=3, window=5, sink=1)], ids=str)
+@pytest.mark.parametrize("history", [History(chunk=2, window=4), History(chunk=4, window=6, sink=1)], ids=str)
 def test_loss_is_the_velocity_s_error_of_a_cached_rollout_on_the_true_past(
     new_backbone: Callable[[History], Backbone], batch: Batch, draw: Draw, record: Record, history: History
 ) -> None:
@@ -32,15 +32,15 @@ def test_loss_is_the_velocity_s_error_of_a_cached_rollout_on_the_true_past(
     assert torch.equal(clean, batch.latents)
     assert torch.equal(call.timesteps[:, :8], torch.zeros(3, 8))
 
-    cache = KVCache(model.config.cache_geometry(4, 6, history), 3, torch.float32)
+    cache = KVCache(model.architecture.cache_geometry(4, 6, history), 3, torch.float32)
     errors = []
     for start in range(0, 8, history.chunk):
-        now = slice(start, min(start + history.chunk, 8))
-        context, cameras = cache.context(start, now.stop - start), batch.cameras.frames(start, now.stop)
+        now = slice(start, start + history.chunk)
+        context, conditions = cache.context(start, now.stop - start), batch.conditions.frames(start, now.stop)
         sigma = call.sigma[:, 8:][:, now]
         with torch.no_grad():
-            predicted = model(noisy[:, now], call.timesteps[:, 8:][:, now], call.prompt, context, cameras)
-            model(clean[:, now], torch.zeros(3, now.stop - start), call.prompt, context, cameras)
+            predicted = model(noisy[:, now], call.timesteps[:, 8:][:, now], call.prompt, context, conditions)
+            model(clean[:, now], torch.zeros(3, now.stop - start), call.prompt, context, conditions)
         errors.append((predicted - (noisy[:, now] - clean[:, now]) / sigma).square())
     torch.testing.assert_close(loss, torch.cat(errors, 1).mean(), rtol=1e-3, atol=1e-5)
 

@@ -1,6 +1,6 @@
 """Clips to batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -17,11 +17,17 @@ pytestmark = pytest.mark.unit
 NewClips = Callable[[int, int], list[Clip]]
 
 
+def encode(captions: Sequence[str]) -> torch.Tensor:
+    return byte_tokens(captions, 12)
+
+
 def test_a_window_is_a_piece_of_its_clip_with_cameras_relative_to_its_first_frame(new_clips: NewClips) -> None:
     clips, starts = new_clips(20, 9), set()
-    batch = cut_windows(clips, Draw(0, 0, range(20)), WindowConfig(frames=4), 12)
+    batch = cut_windows(clips, Draw(0, 0, range(20)), WindowConfig(frames=4), encode)
+    cameras = batch.conditions.cameras
+    assert cameras is not None
     for clip, latents, viewmats, intrinsics in zip(
-        clips, batch.latents, batch.cameras.viewmats, batch.cameras.intrinsics, strict=True
+        clips, batch.latents, cameras.viewmats, cameras.intrinsics, strict=True
     ):
         truth = torch.from_numpy(clip.latents).float()
         (start,) = (s for s in range(6) if torch.equal(truth[s : s + 4], latents))
@@ -33,23 +39,54 @@ def test_a_window_is_a_piece_of_its_clip_with_cameras_relative_to_its_first_fram
     assert starts == set(range(6)), "every start is drawn, the last one too"
 
 
+def test_every_frame_knows_its_action_and_motion_the_first_one_s_from_before_the_window(
+    new_clips: NewClips,
+) -> None:
+    clips = new_clips(20, 9)
+    batch = cut_windows(clips, Draw(0, 0, range(20)), WindowConfig(frames=4), encode)
+    conditions = batch.conditions
+    assert conditions.cameras is not None and conditions.actions is not None
+    for number, clip in enumerate(clips):
+        truth = torch.from_numpy(clip.latents).float()
+        (start,) = (s for s in range(6) if torch.equal(truth[s : s + 4], batch.latents[number]))
+        assert conditions.actions[number].tolist() == clip.actions[start : start + 4].tolist()
+        for frame in range(4):
+            before, now = clip.poses[max(start + frame - 1, 0)], clip.poses[start + frame]
+            motion = conditions.cameras.motions[number, frame]
+            np.testing.assert_allclose(motion, np.linalg.inv(before) @ now, atol=1e-4)
+
+
 @pytest.mark.parametrize(("dropout", "kept"), [(0.0, True), (1.0, False)])
 def test_captions_are_dropped_as_often_as_asked(new_clips: NewClips, dropout: float, kept: bool) -> None:
     clips = new_clips(4, 4)
-    batch = cut_windows(clips, Draw(0, 0, range(4)), WindowConfig(frames=4, prompt_dropout=dropout), 12)
+    batch = cut_windows(clips, Draw(0, 0, range(4)), WindowConfig(frames=4, prompt_dropout=dropout), encode)
     expected = byte_tokens([clip.caption if kept else "" for clip in clips], 12)
     assert torch.equal(batch.text, expected)
 
 
+def test_the_first_image_is_the_first_latent_frame_or_nothing(new_clips: NewClips) -> None:
+    clips = new_clips(20, 4)
+    draw = Draw(0, 0, range(20))
+    given = cut_windows(clips, draw, WindowConfig(frames=4), encode)
+    assert given.conditions.image is not None
+    assert torch.equal(given.conditions.image[:, :-1], given.latents[:, 0])
+    assert given.conditions.image[:, -1].eq(1).all()
+    dropped = cut_windows(clips, draw, WindowConfig(frames=4, image_dropout=0.5), encode).conditions.image
+    assert dropped is not None
+    present = dropped.flatten(1).any(1)
+    assert 0 < present.sum() < 20
+    assert torch.equal(dropped[present], given.conditions.image[present])
+
+
 def test_a_sample_s_window_does_not_depend_on_its_batch(new_clips: NewClips) -> None:
     clips, config = new_clips(3, 9), WindowConfig(frames=4, prompt_dropout=0.5)
-    together = cut_windows(clips, Draw(0, 0, [10, 11, 12]), config, 12)
-    alone = cut_windows(clips[1:2], Draw(0, 0, [11]), config, 12)
+    together = cut_windows(clips, Draw(0, 0, [10, 11, 12]), config, encode)
+    alone = cut_windows(clips[1:2], Draw(0, 0, [11]), config, encode)
     assert torch.equal(alone.latents[0], together.latents[1])
     assert torch.equal(alone.text[0], together.text[1])
-    assert torch.equal(alone.cameras.viewmats[0], together.cameras.viewmats[1])
+    assert torch.equal(alone.conditions.cameras.viewmats[0], together.conditions.cameras.viewmats[1])
 
 
 def test_a_clip_shorter_than_the_window_is_named(new_clips: NewClips) -> None:
     with pytest.raises(DataError, match="clip clip-0: has 3 latent frames, windows need 4"):
-        cut_windows(new_clips(1, 3), Draw(0, 0, [0]), WindowConfig(frames=4), 12)
+        cut_windows(new_clips(1, 3), Draw(0, 0, [0]), WindowConfig(frames=4), encode)

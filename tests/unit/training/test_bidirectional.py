@@ -33,7 +33,7 @@ def test_loss_is_the_velocity_s_error_over_the_noisy_frames_alone(
     ]
     assert 0 < len(errors) < 24, "some frames are given, some are not"
     torch.testing.assert_close(loss, torch.stack(errors).mean(), rtol=1e-3, atol=1e-5)
-    assert call.cameras is batch.cameras
+    assert call.conditions is batch.conditions
     assert call.context == Full(8)
 
 

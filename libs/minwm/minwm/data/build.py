@@ -20,7 +20,8 @@ from minwm.data.shards import Manifest, ShardWriter, read_manifest
 from minwm.errors import ConfigError, DataError
 from minwm.geometry.actions import from_poses
 from minwm.geometry.live import Speeds
-from minwm.models.autoencoder import FRAMES_PER_LATENT, Autoencoder
+from minwm.models.autoencoder import Autoencoder
+from minwm.models.layout import FRAMES_PER_LATENT
 
 ENCODE_FRAMES = 64
 ANNOTATORS = {"poses": "source", "actions": "poses, 81 classes", "caption": "source labels"}

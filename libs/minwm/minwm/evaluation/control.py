@@ -4,6 +4,7 @@ Both losses are the autoregressive stage's (teacher forcing), on the same window
 difference is the poses' alone. Generates nothing: a model whose pictures are still bad can already show it.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from minwm.data.clips import Clip
 from minwm.diffusion import flow
 from minwm.errors import DataError, TrainingError
 from minwm.models.backbones import Backbone
+from minwm.models.conditions import Conditions
 from minwm.models.context import teacher_forcing
-from minwm.models.prope import Cameras
 from minwm.randomness import generator
 from minwm.training.autoregressive import denoise_given_clean
 from minwm.training.batch import Batch, WindowConfig, cut_windows
@@ -81,12 +82,14 @@ def control_margin(
     true, shuffled = [], []
     for number in range(levels):
         draw = Draw(seed, number, range(len(clips)))
-        windows = cut_windows(clips, draw, WindowConfig(frames=frames, prompt_dropout=0.0), backbone.text_length)
+        windows = cut_windows(clips, draw, WindowConfig(frames=frames, prompt_dropout=0.0), backbone.encode)
         noise = draw.normal("noise", windows.latents.shape[1:])
         level = flow.warp(torch.tensor((number + 0.5) / levels), backbone.config.shift)
-        donors = derangement(windows.cameras.viewmats, generator(seed, number, "donors"))
-        other = Cameras(windows.cameras.viewmats[donors], windows.cameras.intrinsics)
-        true.append(_losses(backbone, windows, windows.cameras, noise, level, batch_size))
+        own = windows.conditions
+        assert own.cameras is not None, "windows are cut with their cameras"
+        true.append(_losses(backbone, windows, own, noise, level, batch_size))
+        donors = derangement(own.cameras.viewmats, generator(seed, number, "donors"))
+        other = _exchange(own, donors)
         shuffled.append(_losses(backbone, windows, other, noise, level, batch_size))
         if progress is not None:
             progress(number + 1)
@@ -113,9 +116,9 @@ def derangement(viewmats: Tensor, random: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def _losses(
-    backbone: Backbone, windows: Batch, cameras: Cameras, noise: Tensor, level: Tensor, batch_size: int
+    backbone: Backbone, windows: Batch, conditions: Conditions, noise: Tensor, level: Tensor, batch_size: int
 ) -> NDArray[np.float64]:
-    """The loss of every window (b,) at one noise level, under these cameras."""
+    """The loss of every window (b,) at one noise level, steered by these."""
     model = backbone.model
     context = teacher_forcing(noise.shape[1], backbone.config.history)
     losses = []
@@ -130,11 +133,18 @@ def _losses(
                 clean,
                 sigma,
                 model.prompt(windows.text[part]),
-                Cameras(cameras.viewmats[part], cameras.intrinsics[part]),
+                conditions.streams(part),
                 context,
             )
         losses.append((predicted.double() - flow.velocity(clean, drawn)).square().flatten(1).mean(1))
     return torch.cat(losses).numpy()
+
+
+def _exchange(own: Conditions, donors: Tensor) -> Conditions:
+    """Each window with another's path and actions, its own lens and first image."""
+    assert own.cameras is not None, "windows are cut with their cameras"
+    cameras = dataclasses.replace(own.cameras.streams(donors), intrinsics=own.cameras.intrinsics)
+    return dataclasses.replace(own.streams(donors), cameras=cameras, image=own.image)
 
 
 def _summary(true: NDArray[np.float64], shuffled: NDArray[np.float64]) -> ControlMargin:

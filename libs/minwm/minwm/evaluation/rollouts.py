@@ -21,10 +21,11 @@ from minwm.data.clips import Clip
 from minwm.data.video import encode_video
 from minwm.errors import DataError
 from minwm.geometry.camera import relative_viewmats
-from minwm.models.autoencoder import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from minwm.models.autoencoder import PIXELS_PER_LATENT
+from minwm.models.conditions import Conditions, first_image
+from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.prope import Cameras
 from minwm.models.rollout import ChunkRollout
-from minwm.models.text import byte_tokens
 from minwm.models.worlds import World
 from minwm.randomness import generator
 
@@ -65,15 +66,19 @@ def roll_out(world: World, clip: Clip, *, chunks: int, seed: int, steps: int | N
     chunk = config.history.chunk
     given = _true_latents(world, clip, (1 + chunks) * chunk)[:, :chunk]
     viewmats = torch.from_numpy(relative_viewmats(clip.poses[: (1 + chunks) * chunk]))[None]
-    cameras = Cameras(viewmats, torch.from_numpy(clip.intrinsics)[None])
-    prompt = model.prompt(byte_tokens([clip.caption], world.backbone.text_length))
+    conditions = Conditions(
+        cameras=Cameras.track(viewmats, torch.from_numpy(clip.intrinsics)[None]),
+        actions=torch.from_numpy(clip.actions[: (1 + chunks) * chunk])[None],
+        image=first_image(given[:, 0]),
+    )
+    prompt = model.prompt(world.backbone.encode([clip.caption]))
     levels = config.sampling_levels(steps or world.card.steps)
     rollout = ChunkRollout(model, config.history, given.shape[2:])
-    rollout.commit(given, prompt, cameras.frames(0, chunk))
+    rollout.commit(given, prompt, conditions.frames(0, chunk))
     stream = [given]
     for _ in range(chunks):
         first = rollout.frames
-        here = cameras.frames(first, first + chunk)
+        here = conditions.frames(first, first + chunk)
         renoise = partial(_noise, (seed, clip.name, first), given)
         latents = rollout.denoise(renoise(-1), prompt, here, levels, renoise)
         rollout.commit(latents, prompt, here)

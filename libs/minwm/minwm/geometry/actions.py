@@ -2,7 +2,9 @@
 
 Translations 0-8: none, forward, back, left, right, forward+left, forward+right, back+left, back+right.
 Rotations 0-8: none, yaw right, yaw left, pitch up, pitch down, and yaw with pitch in the same order.
-Labels of held keys and labels read off poses agree. Up and down have no label.
+Up and down have no label. Labels of held keys and labels read off poses agree, but for a step that turns so far
+that its move leaves its keys' sector: over 27° of live control or 13° of a written trajectory (7° and 3.7° with
+up or down held). The weights that HY-WorldPlay and minWM published count right as 3, left as 4: `swap_sides`.
 """
 
 from collections.abc import Iterable
@@ -40,6 +42,7 @@ _ROTATIONS = (
 )
 # [sign on the first axis, sign on the second], each 0, 1 or -1: -1 indexes the last row or column
 _CLASS_OF_SIGNS = np.array([[0, 3, 4], [1, 5, 6], [2, 7, 8]], np.int64)
+_OTHER_SIDE = np.array([0, 1, 2, 4, 3, 6, 5, 8, 7], np.int64)
 
 
 def from_keys(keys: Iterable[str]) -> int:
@@ -57,8 +60,9 @@ def from_poses(
 ) -> NDArray[np.int64]:
     """The labels (f,) of the motion from each pose of `c2w` (f, 4, 4) to the next; the first is 0.
 
-    A move counts when longer than `min_distance` world units, along each axis that it is within
-    `direction_degrees` of; a turn counts, about each axis, from `min_degrees`. Raises DataError for bad poses.
+    A move counts when longer than `min_distance` world units, along each axis that it is less than
+    `direction_degrees` from; a turn counts, about each axis, when more than `min_degrees`. Roll never does.
+    The defaults are those HY-WorldPlay's and minWM's weights were trained with. Raises DataError for bad poses.
     """
     require_rigid(c2w)
     back = c2w[:-1, :3, :3].swapaxes(1, 2)
@@ -74,10 +78,20 @@ def from_poses(
     return np.concatenate([np.zeros(1, np.int64), _label(*signs)])
 
 
+def swap_sides(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The labels (...) with moves to the left and to the right exchanged, turns kept; twice is the identity.
+
+    Takes our labels to those that HY-WorldPlay's and minWM's published weights were trained on, and back.
+    Raises TrajectoryError outside 0 to 80.
+    """
+    _require_labels(labels)
+    translation, rotation = np.divmod(labels, 9)
+    return np.asarray(9 * _OTHER_SIDE[translation] + rotation)
+
+
 def describe(label: int) -> str:
     """The label in words: `forward + left, yaw right`, or `still`. Raises TrajectoryError outside 0 to 80."""
-    if not 0 <= label < CLASSES:
-        raise TrajectoryError(f"action label {label}: expected 0 to {CLASSES - 1}")
+    _require_labels(np.array(label))
     translation, rotation = divmod(label, 9)
     return ", ".join(filter(None, (_TRANSLATIONS[translation], _ROTATIONS[rotation]))) or "still"
 
@@ -86,3 +100,9 @@ def _label(
     forward: NDArray[np.int64], left: NDArray[np.int64], yaw: NDArray[np.int64], pitch: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     return np.asarray(9 * _CLASS_OF_SIGNS[forward, left] + _CLASS_OF_SIGNS[yaw, pitch])
+
+
+def _require_labels(labels: NDArray[np.int64]) -> None:
+    foreign = labels[(labels < 0) | (labels >= CLASSES)]
+    if foreign.size:
+        raise TrajectoryError(f"action label {foreign[0]}: expected 0 to {CLASSES - 1}")

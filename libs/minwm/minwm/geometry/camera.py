@@ -46,6 +46,19 @@ def require_rigid(c2w: NDArray[np.float64]) -> None:
         )
 
 
+def require_intrinsics(intrinsics: NDArray[np.floating]) -> None:
+    """Raise DataError, naming the first bad number, unless `intrinsics` is (..., 4), finite, with fx and fy above 0."""
+    if intrinsics.shape[-1:] != (4,):
+        raise DataError(f"intrinsics have shape {intrinsics.shape}, expected (..., 4): fx fy cx cy")
+    valid = np.isfinite(intrinsics)
+    valid[..., :2] &= intrinsics[..., :2] > 0
+    if not valid.all():
+        *camera, column = np.argwhere(~valid)[0].tolist()
+        name, positive = ("fx", "fy", "cx", "cy")[column], " above 0" if column < 2 else ""
+        value = intrinsics[*camera, column]
+        raise DataError(f"intrinsics{camera or ''}: {name}={value}, expected a finite number{positive}")
+
+
 def relative_viewmats(c2w: NDArray[np.float64]) -> NDArray[np.float32]:
     """Viewmats (f, 4, 4) of the cameras `c2w` (f, 4, 4) in the world of the first one, whose own is the identity.
 

@@ -1,21 +1,25 @@
-"""Our tiny streaming video autoencoder: 4 frames × 8 × 8 pixels to one latent vector.
+"""Our tiny streaming video autoencoder (4 frames × 8 × 8 pixels to one latent vector), and its decoder by itself.
 
 2-D convolutions, and in every block a memory of one past frame (the TAEHV family's idea: github.com/madebyollin/taehv).
 State goes in and comes out, so encoding or decoding a video in any split gives what the whole gives.
-Every latent frame stands for exactly four RGB frames, the first one too. Frames are (b, t, 3, y, x)
-in [0, 1]; latents (b, f, c, y/8, x/8), normalised per channel to zero mean and unit deviation.
+Every latent frame of ours stands for exactly four RGB frames, the first one too; a decoder by itself takes
+its latents' layout from its configuration. Frames are (b, t, 3, y, x) in [0, 1]; latents (b, f, c, y/8, x/8),
+normalised per channel to zero mean and unit deviation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minwm.errors import DataError
+from minwm.config import build
+from minwm.errors import ConfigError, DataError
+from minwm.models.layout import FRAMES_PER_LATENT, LatentLayout
 
-FRAMES_PER_LATENT = 4
 PIXELS_PER_LATENT = 8
 
 
@@ -27,6 +31,24 @@ class AutoencoderConfig:
     widths: tuple[int, int, int] = (40, 80, 160)
     encoder_blocks: tuple[int, int, int] = (1, 1, 1)
     decoder_blocks: tuple[int, int, int] = (1, 2, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Whose latents, and the widths and blocks, finest first, at 4, 2 and 1 times the latents' size."""
+
+    layout: LatentLayout
+    widths: tuple[int, int, int] = (64, 128, 256)
+    blocks: tuple[int, int, int] = (1, 2, 2)
+
+    def __post_init__(self) -> None:
+        if self.layout.pixels not in (8, 16):
+            raise ConfigError(f"layout.pixels={self.layout.pixels}: expected 8 or 16")
+        if min(self.layout.channels, *self.widths, *self.blocks) < 1:
+            raise ConfigError(
+                f"layout.channels={self.layout.channels}, widths={self.widths}, blocks={self.blocks}: "
+                "expected positive numbers"
+            )
 
 
 State = tuple[Tensor, ...]
@@ -116,21 +138,48 @@ class _Encoder(nn.Module):
         return _per_frame(self.head, F.relu(x))
 
 
-class _Decoder(nn.Module):
-    def __init__(self, config: AutoencoderConfig) -> None:
-        super().__init__()
-        half, quarter, eighth = config.widths
-        self.stem = nn.Conv2d(config.latent_channels, eighth, 3, padding=1)
-        self.coarse = nn.ModuleList(_Block(eighth) for _ in range(config.decoder_blocks[2]))
-        self.up2 = nn.Conv2d(eighth, quarter, 3, padding=1)
-        self.split2 = _TimeSplit(quarter)
-        self.middle = nn.ModuleList(_Block(quarter) for _ in range(config.decoder_blocks[1]))
-        self.up1 = nn.Conv2d(quarter, half, 3, padding=1)
-        self.split1 = _TimeSplit(half)
-        self.fine = nn.ModuleList(_Block(half) for _ in range(config.decoder_blocks[0]))
-        self.head = nn.Conv2d(half, 12, 3, padding=1)
+class TinyDecoder(nn.Module):
+    """Latents to frames; the last layer gives cells of 2 × 2 pixels where a latent is 8 pixels wide, 4 × 4 where 16."""
 
-    def forward(self, z: Tensor, memory: _Memory) -> Tensor:
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        fine, middle, coarse = config.widths
+        self._cell = config.layout.pixels // 4
+        self.stem = nn.Conv2d(config.layout.channels, coarse, 3, padding=1)
+        self.coarse = nn.ModuleList(_Block(coarse) for _ in range(config.blocks[2]))
+        self.up2 = nn.Conv2d(coarse, middle, 3, padding=1)
+        self.split2 = _TimeSplit(middle)
+        self.middle = nn.ModuleList(_Block(middle) for _ in range(config.blocks[1]))
+        self.up1 = nn.Conv2d(middle, fine, 3, padding=1)
+        self.split1 = _TimeSplit(fine)
+        self.fine = nn.ModuleList(_Block(fine) for _ in range(config.blocks[0]))
+        self.head = nn.Conv2d(fine, 3 * self._cell**2, 3, padding=1)
+
+    @property
+    def layout(self) -> LatentLayout:
+        """What its latents stand for."""
+        return self.config.layout
+
+    def decode(self, latents: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Latents (b, f, c, y, x) to frames (b, 4f, 3, pixels·y, pixels·x), and the state to go on from.
+
+        With a leading layout the first latent frame of a stream gives one frame, the last of its four. Frames
+        are in [0, 1] but for small overshoots, which are left for the caller to clamp. Raises DataError when
+        the latents have another number of channels.
+        """
+        _require_channels(latents, self.layout)
+        b, f, _, y, x = latents.shape
+        if f == 0:
+            return latents.new_zeros(b, 0, 3, self.layout.pixels * y, self.layout.pixels * x), state or ()
+        memory = _Memory(state or None)
+        frames = (self._pictures(latents, memory) + 1) / 2
+        if self.layout.leading and not state:
+            frames = frames[:, FRAMES_PER_LATENT - 1 :]
+        return frames, tuple(memory.new)
+
+    def _pictures(self, z: Tensor, memory: _Memory) -> Tensor:
+        """Four frames in [-1, 1] of every latent frame."""
         x = _per_frame(self.stem, 3 * torch.tanh(z / 3))  # soft clamp: a wild latent must not blow up
         for block in self.coarse:
             x = block(x, memory)
@@ -140,7 +189,7 @@ class _Decoder(nn.Module):
         x = self.split1(_per_frame(lambda y: F.interpolate(self.up1(y), scale_factor=2.0), x))
         for block in self.fine:
             x = block(x, memory)
-        return _per_frame(lambda y: F.pixel_shuffle(self.head(F.relu(y)), 2), x)
+        return _per_frame(lambda y: F.pixel_shuffle(self.head(F.relu(y)), self._cell), x)
 
 
 class Autoencoder(nn.Module):
@@ -157,9 +206,16 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = _Encoder(config)
-        self.decoder = _Decoder(config)
+        self.decoder = TinyDecoder(
+            DecoderConfig(layout=self.layout, widths=config.widths, blocks=config.decoder_blocks)
+        )
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
+
+    @property
+    def layout(self) -> LatentLayout:
+        """What its latents stand for."""
+        return LatentLayout(channels=self.config.latent_channels, pixels=PIXELS_PER_LATENT, leading=False)
 
     def encode(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Frames (b, t, 3, y, x) in [0, 1] to latents (b, f, c, y/8, x/8), and the state to go on from.
@@ -186,15 +242,11 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Latents (b, f, c, y, x) to frames (b, 4f, 3, 8y, 8x), and the state to go on from.
 
-        Frames are in [0, 1] but for small overshoots, which are left for the caller to clamp.
+        As TinyDecoder.decode does, from normalised latents.
         """
-        if latents.shape[1] == 0:
-            b, _, _, y, x = latents.shape
-            return latents.new_zeros(b, 0, 3, PIXELS_PER_LATENT * y, PIXELS_PER_LATENT * x), state or ()
-        memory = _Memory(state or None)
+        _require_channels(latents, self.layout)
         z = latents * _channels(self.latent_std, latents) + _channels(self.latent_mean, latents)
-        frames = self.decoder(z, memory)
-        return (frames + 1) / 2, tuple(memory.new)
+        return self.decoder.decode(z, state)
 
     def calibrate(self, mean: Tensor, deviation: Tensor) -> None:
         """Set the statistics so that latents which come out with this mean and deviation (c,) come out normalised."""
@@ -204,3 +256,25 @@ class Autoencoder(nn.Module):
 
 def _channels(statistics: Tensor, like: Tensor) -> Tensor:
     return statistics.to(like.dtype)[:, None, None]
+
+
+def _require_channels(latents: Tensor, layout: LatentLayout) -> None:
+    if latents.shape[2] != layout.channels:
+        raise DataError(f"latents have {latents.shape[2]} channels, expected {layout.channels}")
+
+
+def save_decoder(folder: Path, model: TinyDecoder, about: Mapping[str, Any] | None = None) -> None:
+    """Write the folder of a decoder by itself."""
+    from minwm.models.checkpoints import save_model  # which imports this module
+
+    save_model(folder, model, kind="decoder", config=model.config, about=about)
+
+
+def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> TinyDecoder:
+    """A decoder ready for inference, in the layout that is fast on matrix units."""
+    from minwm.models.checkpoints import CONFIG, load_weights, read_config  # which imports this module
+
+    content = read_config(folder, "decoder")
+    model = TinyDecoder(build(DecoderConfig, content["config"], f"{folder}/{CONFIG}"))
+    load_weights(model, folder)
+    return model.to(dtype=dtype, memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]

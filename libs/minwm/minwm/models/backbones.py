@@ -1,31 +1,48 @@
 """A backbone: the transformer together with how it is run, and its folder on disk."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minwm.config import build
+from minwm.errors import ConfigError
 from minwm.models.checkpoints import CONFIG, load_weights, read_config, save_model
+from minwm.models.conditions import ConditionName
+from minwm.models.hunyuan import Hunyuan, HunyuanConfig
 from minwm.models.presets import WorldConfig, preset
-from minwm.models.wan import Wan
+from minwm.models.text import byte_tokens
+from minwm.models.transformer import Transformer
+from minwm.models.wan import Wan, WanConfig
 
 KIND = "backbone"
+Encode = Callable[[Sequence[str]], Any]
+"""Prompts to what the transformer's `prompt` takes."""
+
+
+def new_model(architecture: WanConfig | HunyuanConfig) -> Transformer:
+    """The transformer of an architecture, with random weights."""
+    return Wan(architecture) if isinstance(architecture, WanConfig) else Hunyuan(architecture)
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """Weights and configuration."""
+    """Weights, configuration, and the text encoder where the model does not embed bytes itself."""
 
-    model: Wan
+    model: Transformer
     config: WorldConfig
+    encoder: Encode | None = None
 
-    @property
-    def text_length(self) -> int:
-        """Bytes or embeddings that a prompt is padded to."""
-        return self.config.architecture.text_length
+    def encode(self, prompts: Sequence[str]) -> Any:
+        """Prompts as `model.prompt` takes them. Raises ConfigError where the text encoder is missing."""
+        if self.encoder is not None:
+            return self.encoder(prompts)
+        architecture = self.config.architecture
+        if isinstance(architecture, WanConfig) and architecture.byte_text:
+            return byte_tokens(prompts, architecture.text_length)
+        raise ConfigError(f"encoder: {self.config.preset} takes embeddings of prompts, expected its text encoder")
 
 
 def new_backbone(name: str, seed: int) -> Backbone:
@@ -33,7 +50,7 @@ def new_backbone(name: str, seed: int) -> Backbone:
     config = preset(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Backbone(Wan(config.architecture), config)
+        return Backbone(new_model(config.architecture), config)
 
 
 def load_backbone(folder: Path, dtype: torch.dtype = torch.float32) -> Backbone:
@@ -42,11 +59,27 @@ def load_backbone(folder: Path, dtype: torch.dtype = torch.float32) -> Backbone:
     if "levels" in values:  # JSON's keys are strings
         values["levels"] = {int(steps): tuple(levels) for steps, levels in values["levels"].items()}
     config = build(WorldConfig, values, f"{folder}/{CONFIG}")
-    model = Wan(config.architecture)
+    model = new_model(config.architecture).to(dtype)
     load_weights(model, folder)
-    return Backbone(model.to(dtype), config)
+    return Backbone(model, config)
 
 
 def save_backbone(folder: Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
     """Write a backbone's folder; `about` is its provenance."""
     save_model(folder, backbone.model, kind=KIND, config=backbone.config, about=about)
+
+
+def with_conditions(backbone: Backbone, names: Sequence[ConditionName], seed: int) -> Backbone:
+    """The same backbone steered by these conditions, and no others.
+
+    Branches that it has keep their weights; new ones start without effect, from random weights of the seed
+    behind zeros.
+    """
+    config = replace(backbone.config, architecture=replace(backbone.config.architecture, conditions=tuple(names)))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = new_model(config.architecture)
+    weights = backbone.model.state_dict()
+    fresh = model.state_dict()
+    model.load_state_dict({name: weights.get(name, value) for name, value in fresh.items()})
+    return Backbone(model.to(next(backbone.model.parameters()).dtype), config, backbone.encoder)

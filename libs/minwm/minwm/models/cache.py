@@ -11,18 +11,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minwm.models.context import History, attention
+from minwm.errors import InputError
+from minwm.models.context import Beside, History, attention
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheGeometry:
-    """Shape of one stream's cache; `heads` counts both branches, RoPE and PRoPE."""
+    """Shape of one stream's cache; `heads` counts both branches, RoPE and PRoPE.
+
+    beside: room for a prompt's keys, in tokens, where the backbone keeps them beside the frames'
+    """
 
     layers: int
     heads: int
     head_dim: int
     tokens_per_frame: int
     history: History
+    beside: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Keys of one layer and head: the prompt's and the frames'."""
+        return self.beside + self.frames * self.tokens_per_frame
 
     @property
     def frames(self) -> int:
@@ -31,8 +41,7 @@ class CacheGeometry:
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Memory of one stream, keys and values."""
-        per_frame = 2 * self.layers * self.heads * self.head_dim * self.tokens_per_frame
-        return per_frame * self.frames * dtype.itemsize
+        return 2 * self.layers * self.heads * self.head_dim * self.tokens * dtype.itemsize
 
 
 class KVCache:
@@ -42,9 +51,9 @@ class KVCache:
         self, geometry: CacheGeometry, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.geometry = geometry
-        tokens = geometry.frames * geometry.tokens_per_frame
-        shape = (geometry.layers, 2, batch, geometry.heads, tokens, geometry.head_dim)
+        shape = (geometry.layers, 2, batch, geometry.heads, geometry.tokens, geometry.head_dim)
         self._store = torch.zeros(shape, dtype=dtype, device=device)
+        self._beside: list[Beside | None] = [None] * geometry.layers
 
     def context(self, start: int, frames: int) -> "Cached":
         """The context of a pass over frames [start, start + frames), which it writes into the cache.
@@ -53,20 +62,36 @@ class KVCache:
         """
         return Cached(self, start, frames)
 
-    def update(self, layer: int, start: int, frames: int, kv: Tensor) -> Tensor:
+    def update(self, layer: int, start: int, frames: int, kv: Tensor, beside: Beside | None = None) -> Tensor:
         """Write keys and values (2, b, h, n, d) of frames [start, start + frames); all that they may see.
 
-        Where a gradient has to flow through the new entries, the stored ones are copied, not changed.
+        What is beside the frames comes first, and is written only when it is not what was there. Where a gradient has
+        to flow through the new entries, the stored ones are copied, not changed.
         """
         stored = self._store[layer]
-        if kv.requires_grad:
+        grad = torch.is_grad_enabled() and (kv.requires_grad or (beside is not None and beside.keys.requires_grad))
+        if grad:
             stored = stored.clone()
-        n = self.geometry.tokens_per_frame
+        n, room = self.geometry.tokens_per_frame, self.geometry.beside
         kv = kv.to(stored.dtype)
         for first, count, slot in self._runs(start, frames):
-            stored[..., slot * n : (slot + count) * n, :] = kv[..., first * n : (first + count) * n, :]
+            stored[..., room + slot * n : room + (slot + count) * n, :] = kv[..., first * n : (first + count) * n, :]
+        length = 0
+        if beside is not None:
+            length = beside.keys.shape[1]
+            if grad or beside is not self._beside[layer]:
+                stored[..., room - length : room, :] = self._laid_out(beside)
+                self._beside[layer] = self._beside[layer] if grad else beside
         used = min(start + frames, self.geometry.frames)
-        return stored[..., : used * n, :]
+        return stored[..., room - length : room + used * n, :]
+
+    def _laid_out(self, beside: Beside) -> Tensor:
+        """(2, b, h, l, d)."""
+        if beside.keys.shape[1] > self.geometry.beside:
+            raise InputError(
+                f"prompt: has {beside.keys.shape[1]} tokens, expected at most the cache's {self.geometry.beside}"
+            )
+        return torch.stack(beside.repeated(self.geometry.heads)).transpose(2, 3).to(self._store.dtype)
 
     def _runs(self, start: int, frames: int) -> list[tuple[int, int, int]]:
         """(offset in the pass, frames, slot) of every contiguous piece that the frames occupy."""
@@ -92,12 +117,15 @@ class Cached:
     cache: KVCache
     start: int
     frames: int
+    bidirectional = False
 
     @property
     def positions(self) -> Sequence[int]:
         return range(self.start, self.start + self.frames)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
         kv = torch.stack([k, v]).transpose(2, 3)
-        keys, values = self.cache.update(layer, self.start, self.frames, kv).unbind(0)
-        return attention(q, keys.transpose(1, 2).to(q.dtype), values.transpose(1, 2).to(q.dtype))
+        seen = self.cache.update(layer, self.start, self.frames, kv, beside).to(q.dtype)
+        keys, values = seen.transpose(2, 3).unbind(0)
+        mask = None if beside is None else beside.key_mask(keys.shape[1] - beside.keys.shape[1])
+        return attention(q, keys, values, mask)

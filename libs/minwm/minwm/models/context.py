@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minwm.errors import ConfigError
+from minwm.errors import ConfigError, InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,40 @@ class History:
         """One past the last frame of the chunk that `frame` belongs to."""
         return (frame // self.chunk + 1) * self.chunk
 
+    def require_chunks(self, frames: int) -> None:
+        """Raise InputError unless `frames` latent frames are a whole number of chunks."""
+        if frames % self.chunk:
+            raise InputError(f"frames={frames}: expected a multiple of the chunk, {self.chunk} latent frames")
+
     def sees(self, end: int, frame: int) -> bool:
         """Whether a chunk that ends before `end` sees `frame`, one of its own or an earlier one."""
         return frame < end and (frame >= end - self.window or frame < self.sink)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Keys and values (b, l, h, d) that every frame sees beside the frames: a prompt's.
+
+    mask: (b, l), which of them are real; None where all are. `h` may be a whole part of the queries' heads, and
+    is then repeated.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+
+    def detach(self) -> "Beside":
+        """The same, without gradient."""
+        return Beside(self.keys.detach(), self.values.detach(), self.mask)
+
+    def repeated(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of as many heads as asked for."""
+        times = heads // self.keys.shape[2]
+        return self.keys.repeat(1, 1, times, 1), self.values.repeat(1, 1, times, 1)
+
+    def key_mask(self, others: int) -> Tensor | None:
+        """(b, 1, 1, l + others): what may be seen of these and of `others` further keys; None: everything."""
+        return None if self.mask is None else F.pad(self.mask, (0, others), value=True)[:, None, None]
 
 
 class Context(Protocol):
@@ -52,7 +83,11 @@ class Context(Protocol):
     def positions(self) -> Sequence[int]:
         """Absolute index of each latent frame of the pass."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @property
+    def bidirectional(self) -> bool:
+        """Whether every frame sees every frame, so that a text stream may see them too."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
         """Attention of one layer, (b, n, h, d)."""
 
 
@@ -61,13 +96,18 @@ class Full:
     """Every frame sees every frame: bidirectional."""
 
     frames: int
+    bidirectional = True
 
     @property
     def positions(self) -> Sequence[int]:
         return range(self.frames)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
+        if beside is None:
+            return attention(q, k, v)
+        keys, values = beside.repeated(q.shape[2])
+        mask = beside.key_mask(k.shape[1])
+        return attention(q, torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1), mask)
 
 
 @dataclass(frozen=True)
@@ -76,28 +116,37 @@ class Masked:
 
     positions: Sequence[int]
     mask: Tensor
+    bidirectional = False
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
         tokens = q.shape[1] // len(self.positions)
         mask = self.mask.to(q.device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-        return attention(q, k, v, mask)
+        if beside is None:
+            return attention(q, k, v, mask)
+        keys, values = beside.repeated(q.shape[2])
+        mask = F.pad(mask, (keys.shape[1], 0), value=True)
+        real = beside.key_mask(k.shape[1])
+        mask = mask if real is None else mask & real
+        return attention(q, torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1), mask)
 
 
 def teacher_forcing(frames: int, history: History) -> Masked:
     """Clean frames followed by the same frames noisy, (2·frames) in all.
 
     A clean chunk sees itself and the earlier clean chunks; a noisy chunk sees itself and the
-    earlier clean chunks; both as far as the window and the sink reach.
+    earlier clean chunks; both as far as the window and the sink reach. Raises InputError for frames that do
+    not divide into chunks.
     """
+    history.require_chunks(frames)
     allowed = torch.zeros(2 * frames, 2 * frames, dtype=torch.bool)
     for query in range(frames):
-        end = min(history.chunk_end(query), frames)
-        start = query // history.chunk * history.chunk
-        for key in range(frames):
+        end = history.chunk_end(query)
+        start = end - history.chunk
+        for key in range(end):
             visible = history.sees(end, key)
             allowed[query, key] = visible
             allowed[frames + query, key] = visible and key < start
-            allowed[frames + query, frames + key] = start <= key < end
+            allowed[frames + query, frames + key] = start <= key
     return Masked((*range(frames), *range(frames)), allowed)
 
 
@@ -105,7 +154,7 @@ _SHORT = 512  # tokens up to which plain products train faster on a CPU than its
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention over (b, n, h, d)."""
+    """Scaled dot-product attention over (b, n, h, d), where `mask` (…, queries, keys) is true."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.requires_grad and q.device.type == "cpu" and max(q.shape[2], k.shape[2]) <= _SHORT:
         return _plain_attention(q, k, v, mask).transpose(1, 2)

@@ -3,7 +3,8 @@
 With P = lift(K)·viewmat per frame, q is mapped by Pᵀ, k and v by P⁻¹, and the attention's output by P:
 the logit between tokens i and j is qᵢᵀ Pᵢ Pⱼ⁻¹ kⱼ, so only relative cameras matter. A head's channels are
 taken in groups of four. K keeps fx and fy (normalised by image size), its centre is set to zero.
-Matrices are made once per frame and applied per frame, in float32.
+Matrices are made once per frame and applied per frame, in float32. Attention by position (RoPE) and by
+camera run as one call over twice the heads.
 """
 
 from dataclasses import dataclass
@@ -11,21 +12,73 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minwm.errors import InputError
+from minwm.models.context import Beside, Context
+from minwm.models.rope import rotate
+
 
 @dataclass(frozen=True)
 class Cameras:
-    """viewmats (b, f, 4, 4) world to camera, intrinsics (b, 4) fx fy cx cy; float32."""
+    """viewmats (b, f, 4, 4) world to camera, intrinsics (b, 4) fx fy cx cy, motions (b, f, 4, 4); float32.
+
+    motions: pose of each frame's camera in the coordinates of the frame before it
+    """
 
     viewmats: Tensor
     intrinsics: Tensor
+    motions: Tensor
+
+    @classmethod
+    def track(cls, viewmats: Tensor, intrinsics: Tensor, before: Tensor | None = None) -> "Cameras":
+        """Cameras of frames that follow each other; `before` (b, 4, 4) is the viewmat of the frame before the first.
+
+        Without it the first frame is at rest. Raises InputError for wrong shapes, poses that are not finite,
+        and focal lengths that are not positive.
+        """
+        _require_cameras(viewmats, intrinsics)
+        first = viewmats[:, :1] if before is None else before[:, None].to(viewmats)
+        return cls(viewmats, intrinsics, torch.cat([first, viewmats[:, :-1]], dim=1) @ invert(viewmats))
 
     def repeat_frames(self, times: int) -> "Cameras":
         """The same cameras `times` over, one run after the other."""
-        return Cameras(self.viewmats.repeat(1, times, 1, 1), self.intrinsics)
+        return Cameras(self.viewmats.repeat(1, times, 1, 1), self.intrinsics, self.motions.repeat(1, times, 1, 1))
 
     def frames(self, start: int, end: int) -> "Cameras":
         """Frames [start, end)."""
-        return Cameras(self.viewmats[:, start:end], self.intrinsics)
+        return Cameras(self.viewmats[:, start:end], self.intrinsics, self.motions[:, start:end])
+
+    def streams(self, chosen: Tensor | slice) -> "Cameras":
+        """Those of some of the batch's streams."""
+        return Cameras(self.viewmats[chosen], self.intrinsics[chosen], self.motions[chosen])
+
+    def to(self, device: torch.device | str) -> "Cameras":
+        """The same cameras on a device."""
+        return Cameras(self.viewmats.to(device), self.intrinsics.to(device), self.motions.to(device))
+
+
+def _require_cameras(viewmats: Tensor, intrinsics: Tensor) -> None:
+    b = viewmats.shape[0]
+    if viewmats.ndim != 4 or viewmats.shape[2:] != (4, 4):
+        raise InputError(f"viewmats have shape {tuple(viewmats.shape)}, expected (batch, frames, 4, 4)")
+    if intrinsics.shape != (b, 4):
+        raise InputError(f"intrinsics have shape {tuple(intrinsics.shape)}, expected ({b}, 4): fx fy cx cy per stream")
+    finite = viewmats.isfinite().all(-1).all(-1)
+    if not finite.all():
+        stream, frame = (~finite).nonzero()[0].tolist()
+        raise InputError(f"viewmats[{stream}, {frame}]: is not finite: {viewmats[stream, frame].tolist()}")
+    good = intrinsics.isfinite().all(-1) & (intrinsics[:, :2] > 0).all(-1)
+    if not good.all():
+        stream = int((~good).nonzero()[0])
+        raise InputError(f"intrinsics[{stream}]: {intrinsics[stream].tolist()}: expected finite values and fx, fy > 0")
+
+
+def invert(rigid: Tensor) -> Tensor:
+    """The inverse of rigid motions (…, 4, 4)."""
+    back = rigid[..., :3, :3].transpose(-1, -2)
+    inverse = rigid.clone()
+    inverse[..., :3, :3] = back
+    inverse[..., :3, 3:] = -back @ rigid[..., :3, 3:]
+    return inverse
 
 
 @dataclass(frozen=True)
@@ -41,12 +94,7 @@ def projection(cameras: Cameras) -> Projection:
     viewmats = cameras.viewmats.float()
     focal = cameras.intrinsics[:, None, :2].float().expand(-1, viewmats.shape[1], -1)
     scale = torch.cat([focal, torch.ones_like(focal)], dim=-1)
-    rotation, translation = viewmats[..., :3, :3], viewmats[..., :3, 3:]
-    back = rotation.transpose(-1, -2)
-    inverse = viewmats.clone()
-    inverse[..., :3, :3] = back
-    inverse[..., :3, 3:] = -back @ translation
-    return Projection(scale[..., :, None] * viewmats, inverse / scale[..., None, :])
+    return Projection(scale[..., :, None] * viewmats, invert(viewmats) / scale[..., None, :])
 
 
 def transform(x: Tensor, matrix: Tensor) -> Tensor:
@@ -55,3 +103,33 @@ def transform(x: Tensor, matrix: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         mapped = x.float().reshape(b, f, -1, 4) @ matrix.transpose(-1, -2)
     return mapped.reshape(x.shape).to(x.dtype)
+
+
+def attend(
+    context: Context,
+    layer: int,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    rotation: Tensor,
+    camera: Projection | None,
+    beside: Beside | None = None,
+    *,
+    past_by_position: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by position and, where there are cameras, by camera; each (b, n, h, d).
+
+    qkv: (b, n, h, d) each, normalised, not yet rotated.
+    past_by_position: the branch by camera sees a cache's past as the branch by position left it (rotated, not
+        projected), and the cache keeps half as much: how minWM's HunyuanVideo rolls out
+    """
+    q, k, v = qkv
+    by_position = (rotate(q, rotation), rotate(k, rotation), v)
+    if camera is None:
+        return context.attend(layer, *by_position, beside), None
+    by_camera = (transform(q, camera.matrix.mT), transform(k, camera.inverse), transform(v, camera.inverse))
+    if past_by_position:
+        seen = context.attend(layer, *by_camera, beside)
+        placed = context.attend(layer, *by_position, beside)  # the second to write: what later chunks find
+    else:
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(by_position, by_camera, strict=True))
+        placed, seen = context.attend(layer, q, k, v, beside).chunk(2, dim=2)
+    return placed, transform(seen, camera.matrix)

@@ -12,20 +12,21 @@ from torch import Tensor
 from minwm.diffusion import samplers
 from minwm.diffusion.flow import TIMESTEPS
 from minwm.models.cache import KVCache
+from minwm.models.conditions import Conditions
 from minwm.models.context import History
-from minwm.models.prope import Cameras
-from minwm.models.wan import Prompt, Wan
+from minwm.models.transformer import Prompt, Transformer
 
 
 class ChunkRollout:
     """`batch` worlds that advance together, from latent frame 0 on."""
 
-    def __init__(self, model: Wan, history: History, latent_shape: Sequence[int], *, batch: int = 1) -> None:
+    def __init__(self, model: Transformer, history: History, latent_shape: Sequence[int], *, batch: int = 1) -> None:
         """latent_shape: (c, y, x) of one latent frame."""
         rows, columns = latent_shape[-2:]
         parameter = next(model.parameters())
         self._model = model
-        geometry = model.config.cache_geometry(rows, columns, history)
+        self._history = history
+        geometry = model.architecture.cache_geometry(rows, columns, history)
         self._cache = KVCache(geometry, batch, parameter.dtype, parameter.device)
         self.frames = 0
         """Latent frames committed so far."""
@@ -34,7 +35,7 @@ class ChunkRollout:
         self,
         noise: Tensor,
         prompt: Prompt,
-        cameras: Cameras,
+        conditions: Conditions,
         levels: Sequence[float],
         renoise: Callable[[int], Tensor],
         *,
@@ -43,21 +44,22 @@ class ChunkRollout:
         """The next chunk (b, f, c, y, x) from its noise. See `samplers.consistency` for the last three."""
 
         def predict(x: Tensor, level: float) -> Tensor:
-            return self._forward(x, level, prompt, cameras)
+            return self._forward(x, level, prompt, conditions)
 
         return samplers.consistency(predict, noise, levels, renoise, exit_step=exit_step)
 
-    def denoise_ode(self, noise: Tensor, prompt: Prompt, cameras: Cameras, levels: Sequence[float]) -> Tensor:
+    def denoise_ode(self, noise: Tensor, prompt: Prompt, conditions: Conditions, levels: Sequence[float]) -> Tensor:
         """The next chunk as a many-step model that is not distilled makes it."""
-        return samplers.euler(lambda x, level: self._forward(x, level, prompt, cameras), noise, levels)
+        return samplers.euler(lambda x, level: self._forward(x, level, prompt, conditions), noise, levels)
 
     @torch.no_grad()
-    def commit(self, latents: Tensor, prompt: Prompt, cameras: Cameras) -> None:
+    def commit(self, latents: Tensor, prompt: Prompt, conditions: Conditions) -> None:
         """Write the clean keys and values of the next frames (b, f, c, y, x), and move on past them."""
-        self._forward(latents, 0.0, prompt, cameras)
+        self._forward(latents, 0.0, prompt, conditions)
         self.frames += latents.shape[1]
 
-    def _forward(self, x: Tensor, level: float, prompt: Prompt, cameras: Cameras) -> Tensor:
+    def _forward(self, x: Tensor, level: float, prompt: Prompt, conditions: Conditions) -> Tensor:
+        self._history.require_chunks(x.shape[1])
         timesteps = torch.full(x.shape[:2], level * TIMESTEPS, dtype=torch.float32, device=x.device)
         context = self._cache.context(self.frames, x.shape[1])
-        return self._model(x, timesteps, prompt, context, cameras)  # type: ignore[no-any-return]
+        return self._model(x, timesteps, prompt, context, conditions)  # type: ignore[no-any-return]

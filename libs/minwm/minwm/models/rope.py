@@ -1,8 +1,8 @@
-"""Rotary positions over (frame, row, column), split as Wan does it.
+"""Rotary positions over (frame, row, column).
 
-Of head size d the row and the column each take 2·⌊d/6⌋ channels, the frame the rest; each axis has
-its own frequency table 10000^(−2i/d_axis). Neighbouring channels form a complex pair. Angles are
-computed in float64 from the absolute frame index, so any index is exact; no table limits a stream's length.
+Each axis takes its share of a head's channels and has its own frequency table theta^(−2i/d_axis).
+Neighbouring channels form a complex pair. Angles are computed in float64 from the absolute frame index,
+so any index is exact; no table limits a stream's length.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Axes = tuple[int, int, int]
+"""Channels of a head for the frame, the row and the column; even numbers."""
 
-def rotation(frames: Sequence[int], rows: int, columns: int, head_dim: int, device: torch.device) -> Tensor:
-    """Angles' (cos, sin) for every token: (2, len(frames)·rows·columns, head_dim/2) float32."""
-    side = 2 * (head_dim // 6)
+
+def rotation(
+    frames: Sequence[int], rows: int, columns: int, axes: Axes, device: torch.device, *, theta: float = 10000.0
+) -> Tensor:
+    """Angles' (cos, sin) for every token: (2, len(frames)·rows·columns, sum(axes)/2) float32."""
     f, y, x = (
-        _angles(positions, width)
-        for positions, width in ((frames, head_dim - 2 * side), (range(rows), side), (range(columns), side))
+        _angles(positions, width, theta)
+        for positions, width in zip((frames, range(rows), range(columns)), axes, strict=True)
     )
     grid = (len(f), rows, columns)
     angles = torch.cat(
@@ -30,9 +34,9 @@ def rotation(frames: Sequence[int], rows: int, columns: int, head_dim: int, devi
     return torch.stack([angles.cos(), angles.sin()]).to(device=device, dtype=torch.float32)
 
 
-def _angles(positions: Sequence[int], width: int) -> Tensor:
+def _angles(positions: Sequence[int], width: int, theta: float) -> Tensor:
     exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
-    return torch.tensor(list(positions), dtype=torch.float64)[:, None] * 10000.0**-exponent
+    return torch.tensor(list(positions), dtype=torch.float64)[:, None] * theta**-exponent
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

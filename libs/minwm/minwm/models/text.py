@@ -1,11 +1,20 @@
-"""Prompts as bytes, for presets that embed text themselves."""
+"""Prompts as a backbone takes them: embeddings with a mask, or bytes for presets that embed text themselves."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BYTE_VOCABULARY = 257  # 0 is "no byte"; byte b is b + 1
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What an encoder made of a batch: states (b, l, c), and which of them are real, mask (b, l) bool."""
+
+    states: Tensor
+    mask: Tensor
 
 
 def byte_tokens(prompts: Sequence[str], length: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Wan 2.1 video transformer, with camera control by PRoPE.
+"""The Wan 2.1 video transformer.
 
 One class for every use: bidirectional, teacher-forced or cached is the attention context's business.
 Latents (b, f, c, y, x) and one timestep per latent frame go in, the flow velocity comes out. Module
@@ -6,26 +6,35 @@ names are those of the official checkpoints. Facts: Wan technical report (arXiv 
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minwm.errors import ConfigError
+from minwm.errors import ConfigError, InputError
+from minwm.models import prope
 from minwm.models.cache import CacheGeometry
+from minwm.models.conditions import (
+    BranchSizes,
+    ConditionBranches,
+    ConditionName,
+    Conditions,
+    Frames,
+    require_known,
+)
 from minwm.models.context import Context, History, attention
-from minwm.models.prope import Cameras, Projection, projection, transform
-from minwm.models.rope import rotate, rotation
-from minwm.models.text import BYTE_VOCABULARY
-
-BRANCHES = 2  # every head attends twice: by position (RoPE) and by camera (PRoPE)
+from minwm.models.layers import RMSNorm, patchify, sinusoid, unpatchify
+from minwm.models.rope import Axes, rotation
+from minwm.models.text import BYTE_VOCABULARY, Embedded
+from minwm.models.transformer import Transformer, require_length
 
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
     """Sizes. With `byte_text` prompts are bytes, embedded here and trained with the model."""
 
+    kind: Literal["wan"] = "wan"
     dim: int
     layers: int
     heads: int
@@ -33,44 +42,48 @@ class WanConfig:
     channels: int = 16
     patch: tuple[int, int] = (2, 2)
     frequencies: int = 256
-    text_dim: int = 128
-    text_length: int = 64
-    byte_text: bool = True
+    text_dim: int = 4096
+    text_length: int = 512
+    byte_text: bool = False
     eps: float = 1e-6
+    conditions: tuple[ConditionName, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dim % self.heads or self.head_dim % 4:
             raise ConfigError(f"dim={self.dim}, heads={self.heads}: expected a head size that is a whole multiple of 4")
+        require_known(self.conditions)
 
     @property
     def head_dim(self) -> int:
         """Channels of one head."""
         return self.dim // self.heads
 
-    def tokens_per_frame(self, rows: int, columns: int) -> int:
-        """Tokens of one latent frame of rows × columns."""
-        return (rows // self.patch[0]) * (columns // self.patch[1])
+    @property
+    def axes(self) -> Axes:
+        """Row and column take 2·⌊d/6⌋ channels of a head each, the frame the rest: 44, 42, 42 of 128."""
+        side = 2 * (self.head_dim // 6)
+        return self.head_dim - 2 * side, side, side
 
-    def cache_geometry(self, rows: int, columns: int, history: History, *, cameras: bool = True) -> CacheGeometry:
-        """What a stream of rows × columns latents keeps; one that is run without cameras keeps half."""
+    def cache_geometry(self, rows: int, columns: int, history: History) -> CacheGeometry:
+        """What a stream of latents of rows × columns keeps."""
         return CacheGeometry(
             layers=self.layers,
-            heads=(BRANCHES if cameras else 1) * self.heads,
+            heads=self.heads * (2 if "camera_prope" in self.conditions else 1),
             head_dim=self.head_dim,
-            tokens_per_frame=self.tokens_per_frame(rows, columns),
+            tokens_per_frame=(rows // self.patch[0]) * (columns // self.patch[1]),
             history=history,
         )
 
 
 @dataclass(frozen=True)
-class Prompt:
+class WanPrompt:
     """A prompt's cross-attention keys and values, one pair (b, l, h, d) per layer."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
 
-    def detach(self) -> "Prompt":
+    def detach(self) -> "WanPrompt":
         """The same, without gradient."""
-        return Prompt(tuple((k.detach(), v.detach()) for k, v in self.layers))
+        return WanPrompt(tuple((k.detach(), v.detach()) for k, v in self.layers))
 
 
 @dataclass(frozen=True)
@@ -79,47 +92,30 @@ class _Step:
 
     context: Context
     rotation: Tensor
-    projection: Projection | None
-
-
-class RMSNorm(nn.RMSNorm):
-    """Over all channels, before heads are split; in the weights' precision also under autocast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape as x."""
-        return super().forward(x.to(self.weight.dtype))
+    camera: prope.Projection | None
 
 
 class SelfAttention(nn.Module):
-    """RoPE and PRoPE attention as one call over twice the heads."""
+    """By position and, with the condition `camera_prope`, by camera."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (RMSNorm(config.dim, config.eps) for _ in range(2))
-        self.prope_o = nn.Linear(config.dim, config.dim)
-        nn.init.zeros_(self.prope_o.weight)
-        nn.init.zeros_(self.prope_o.bias)
+        if "camera_prope" in config.conditions:
+            self.prope_o = nn.Linear(config.dim, config.dim)
+            nn.init.zeros_(self.prope_o.weight)
+            nn.init.zeros_(self.prope_o.bias)
 
     def forward(self, x: Tensor, layer: int, step: _Step) -> Tensor:
-        """x (b, f·n, dim) to (b, f·n, dim). Without cameras the PRoPE branch is skipped."""
+        """x (b, f·n, dim) to (b, f·n, dim)."""
         v = self.v(x).unflatten(-1, (self.heads, -1))
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)).to(v.dtype)
         k = self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)).to(v.dtype)
-        rotated_q, rotated_k = rotate(q, step.rotation), rotate(k, step.rotation)
-        camera = step.projection
-        if camera is None:
-            return self.o(step.context.attend(layer, rotated_q, rotated_k, v).flatten(2))  # type: ignore[no-any-return]
-        out = step.context.attend(
-            layer,
-            torch.cat([rotated_q, transform(q, camera.matrix.transpose(-1, -2))], dim=2),
-            torch.cat([rotated_k, transform(k, camera.inverse)], dim=2),
-            torch.cat([v, transform(v, camera.inverse)], dim=2),
-        )
-        by_position, by_camera = out.split(self.heads, dim=2)
-        by_camera = transform(by_camera, camera.matrix)
-        return self.o(by_position.flatten(2)) + self.prope_o(by_camera.flatten(2))  # type: ignore[no-any-return]
+        by_position, by_camera = prope.attend(step.context, layer, (q, k, v), step.rotation, step.camera)
+        out: Tensor = self.o(by_position.flatten(2))
+        return out if by_camera is None else out + self.prope_o(by_camera.flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -182,11 +178,11 @@ class Head(nn.Module):
         return self.head(self.norm(x) * (1 + scale) + shift)  # type: ignore[no-any-return]
 
 
-class Wan(nn.Module):
+class Wan(Transformer):
     """The transformer."""
 
     def __init__(self, config: WanConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = config
         dim = config.dim
         if config.byte_text:
@@ -197,33 +193,64 @@ class Wan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
+        sizes = BranchSizes(
+            dim=dim, heads=config.heads, layers=config.layers, channels=config.channels, patch=config.patch
+        )
+        self.conditions = ConditionBranches(config.conditions, sizes)
 
-    def prompt(self, text: Tensor) -> Prompt:
-        """A prompt's keys and values.
+    def prompt(self, text: Tensor | Embedded, *, bidirectional: bool = False) -> WanPrompt:
+        """A prompt's keys and values, the same for every context.
 
-        text: bytes (b, l) int64, 0 where there is none, if `byte_text`; else embeddings (b, l, text_dim).
+        text: bytes (b, l) int64, 0 where there is none, if `byte_text`; else embeddings of `text_dim`.
+        Shorter ones are padded with zeros, which are attended to. Raises InputError for longer ones.
         """
-        embedded = self.byte_embedding(text) if self.config.byte_text else text
-        embedded = self.text_embedding(embedded)
+        embedded = self.text_embedding(self._padded(text))
         layers = [cast(Block, block).cross_attn.prompt(embedded) for block in self.blocks]
-        return Prompt(tuple(layers))
+        return WanPrompt(tuple(layers))
+
+    def _padded(self, text: Tensor | Embedded) -> Tensor:
+        """(b, text_length, text_dim)."""
+        config = self.config
+        if isinstance(text, Embedded) == config.byte_text:
+            expected = "bytes (b, l)" if config.byte_text else f"embeddings of {config.text_dim} channels"
+            raise InputError(f"prompt: is {type(text).__name__}, the model takes {expected}")
+        if isinstance(text, Tensor):
+            require_length("prompt", text.shape[1], config.text_length)
+            states = self.byte_embedding(text)
+        else:
+            require_length("prompt", text.states.shape[1], config.text_length)
+            if text.states.shape[-1] != config.text_dim:
+                raise InputError(f"prompt: has {text.states.shape[-1]} channels, expected {config.text_dim}")
+            states = (text.states * text.mask[..., None]).to(self._dtype)
+        return F.pad(states, (0, 0, 0, config.text_length - states.shape[1]))
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, prompt: Prompt, context: Context, cameras: Cameras | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        prompt: WanPrompt,
+        context: Context,
+        conditions: Conditions | None = None,
     ) -> Tensor:
         """Velocity (b, f, c, y, x) of latents (b, f, c, y, x) at timesteps (b, f) in [0, 1000]."""
-        rows, columns = latents.shape[-2] // self.config.patch[0], latents.shape[-1] // self.config.patch[1]
+        config, conditions = self.config, conditions or Conditions()
+        rows, columns = self.grid(latents, timesteps, context)
+        frames = Frames(
+            batch=len(latents), positions=context.positions, rows=rows, columns=columns, device=latents.device
+        )
+        by_camera = "camera_prope" in config.conditions
         step = _Step(
             context=context,
-            rotation=rotation(context.positions, rows, columns, self.config.head_dim, latents.device),
-            projection=None if cameras is None else projection(cameras),
+            rotation=rotation(context.positions, rows, columns, config.axes, latents.device),
+            camera=prope.projection(frames.cameras(conditions)) if by_camera else None,
         )
-        x = self._embed_patches(latents)
-        e = self.time_embedding(_sinusoid(timesteps, self.config.frequencies).to(self._dtype))
+        steering = self.conditions.steer(conditions, frames)
+        x = steering.onto_tokens(self._embed_patches(latents))
+        e = steering.onto_time(self.time_embedding(sinusoid(timesteps, config.frequencies).to(self._dtype)))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
         for layer, (block, text) in enumerate(zip(self.blocks, prompt.layers, strict=True)):
-            x = block(x, e0, text, layer, step)
-        return self._unpatchify(self.head(x, e), rows, columns)
+            x = steering.after_block(layer, block(x, e0, text, layer, step))
+        return unpatchify(self.head(x, e), config.patch, rows, columns)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -231,23 +258,5 @@ class Wan(nn.Module):
 
     def _embed_patches(self, latents: Tensor) -> Tensor:
         """(b, f, c, y, x) to tokens (b, f, n, dim): the patch convolution as one matrix product."""
-        b, f, c, y, x = latents.shape
-        high, wide = self.config.patch
-        patches = latents.reshape(b, f, c, y // high, high, x // wide, wide)
-        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, f, -1, c * high * wide)
         weight = self.patch_embedding.weight.flatten(1)
-        return F.linear(patches.to(self._dtype), weight, self.patch_embedding.bias)
-
-    def _unpatchify(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """(b, f, n, patch · c) to (b, f, c, y, x)."""
-        b, f = tokens.shape[:2]
-        high, wide = self.config.patch
-        grid = tokens.reshape(b, f, rows, columns, high, wide, self.config.channels)
-        return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(b, f, self.config.channels, rows * high, columns * wide)
-
-
-def _sinusoid(timesteps: Tensor, width: int) -> Tensor:
-    """(b, f) timesteps to (b, f, width): cosines, then sines, in float64."""
-    exponent = torch.arange(width // 2, dtype=torch.float64, device=timesteps.device) / (width // 2)
-    angles = timesteps.double()[..., None] * 10000.0**-exponent
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return F.linear(patchify(latents, self.config.patch).to(self._dtype), weight, self.patch_embedding.bias)

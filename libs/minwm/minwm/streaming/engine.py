@@ -15,13 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from minwm.errors import SessionError
+from minwm.geometry.actions import from_poses
 from minwm.geometry.camera import invert
 from minwm.geometry.live import CameraVelocity, Speeds, advance
-from minwm.models.autoencoder import FRAMES_PER_LATENT, PIXELS_PER_LATENT, State
+from minwm.models.autoencoder import PIXELS_PER_LATENT, State
+from minwm.models.conditions import Conditions, first_image
+from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.prope import Cameras
 from minwm.models.rollout import ChunkRollout
-from minwm.models.text import byte_tokens
-from minwm.models.wan import Prompt
+from minwm.models.transformer import Prompt
 from minwm.models.worlds import World
 from minwm.randomness import generator
 
@@ -62,7 +64,7 @@ class Session:
         self.pose = np.eye(4)
         self.chunks = 0
         self.decoder_state: State | None = None
-        self.pending: tuple[Tensor, Cameras] | None = None
+        self.pending: tuple[Tensor, Conditions] | None = None
         """A chunk that was shown but not yet written to the cache."""
         self.closed = False
 
@@ -104,7 +106,7 @@ class StreamingEngine:
             raise SessionError(f"no slot is free: all {self._slots} are in use")
         picture = self._picture(start_image)
         model, config = self._world.backbone.model, self._world.backbone.config
-        text = byte_tokens([prompt], self._world.backbone.text_length)
+        text = self._world.backbone.encode([prompt])
         rollout = ChunkRollout(model, config.history, self._latent_shape())
         session = Session(rollout, model.prompt(text), seed)
         if picture is not None:
@@ -120,18 +122,18 @@ class StreamingEngine:
         self.settle(session)
         started = time.perf_counter()
         chunk = self._world.backbone.config.history.chunk
-        cameras = self._move(session, velocity, chunk)
+        conditions = self._move(session, velocity, chunk)
         first = session.rollout.frames
         latents = session.rollout.denoise(
             self._noise(session.seed, first, chunk, 0),
             session.prompt,
-            cameras,
+            conditions,
             self._levels,
             lambda step: self._noise(session.seed, first, chunk, step + 1),
         )
         denoised = time.perf_counter()
         frames = self._decode(session, latents)
-        session.pending = (latents, cameras)
+        session.pending = (latents, conditions)
         session.chunks += 1
         return Chunk(
             index=session.chunks - 1,
@@ -144,8 +146,8 @@ class StreamingEngine:
     def settle(self, session: Session) -> None:
         """Write the last chunk's clean context, off the action-to-frame path. Does nothing when it is written."""
         if session.pending is not None:
-            latents, cameras = session.pending
-            session.rollout.commit(latents, session.prompt, cameras)
+            latents, conditions = session.pending
+            session.rollout.commit(latents, session.prompt, conditions)
             session.pending = None
 
     def close(self, session: Session) -> None:
@@ -178,18 +180,26 @@ class StreamingEngine:
         pixels = frame.expand(1, chunk * FRAMES_PER_LATENT, -1, -1, -1)
         latents, _ = self._world.autoencoder.encode(pixels)
         _, session.decoder_state = self._world.autoencoder.decode(latents)
-        viewmats = torch.eye(4).expand(1, chunk, 4, 4)
-        session.rollout.commit(latents, session.prompt, Cameras(viewmats, self._intrinsics))
+        conditions = self._conditions(np.eye(4)[None].repeat(1 + chunk, 0), first_image(latents[:, 0]))
+        session.rollout.commit(latents, session.prompt, conditions)
 
-    def _move(self, session: Session, velocity: CameraVelocity, frames: int) -> Cameras:
+    def _move(self, session: Session, velocity: CameraVelocity, frames: int) -> Conditions:
         """Integrate the pose over the chunk; a world that starts from nothing starts at rest in its first frame."""
-        viewmats = []
+        poses = [session.pose]
         for offset in range(frames):
             if session.rollout.frames + offset > 0:
                 session.pose = advance(session.pose, velocity, FRAMES_PER_LATENT / self.spec.fps)
-            viewmats.append(invert(session.pose))
-        stacked = torch.from_numpy(np.stack(viewmats)[None].astype(np.float32))
-        return Cameras(stacked, self._intrinsics)
+            poses.append(session.pose)
+        return self._conditions(np.stack(poses))
+
+    def _conditions(self, poses: NDArray[np.float64], image: Tensor | None = None) -> Conditions:
+        """What steers the frames whose poses (1 + f, 4, 4) these are, the first one being that of the frame before."""
+        viewmats = torch.from_numpy(invert(poses)[None].astype(np.float32))
+        return Conditions(
+            cameras=Cameras.track(viewmats[:, 1:], self._intrinsics, viewmats[:, 0]),
+            actions=torch.from_numpy(from_poses(poses)[1:])[None],
+            image=image,
+        )
 
     def _noise(self, seed: int, first: int, frames: int, step: int) -> Tensor:
         """(1, frames, c, y, x), a function of the seed, the frame's index and the step."""

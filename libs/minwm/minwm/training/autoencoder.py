@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from minwm.data.episode import Episode
-from minwm.models.autoencoder import FRAMES_PER_LATENT, Autoencoder, AutoencoderConfig
+from minwm.models.autoencoder import Autoencoder, AutoencoderConfig
 from minwm.models.checkpoints import save_autoencoder
+from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.training.draw import Draw
 
 MOMENTS_WEIGHT = 0.02  # of a batch: the statistics are those of about the last fifty
@@ -81,12 +82,9 @@ class AutoencoderStage:
         latents, _ = self.model.encode(batch)
         frames, _ = self.model.decode(latents)
         self._moments.update(latents.float(), MOMENTS_WEIGHT)
-        error = frames.float() - batch
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        loss, psnr = reconstruction_loss(frames.float() - batch, self._config.edge_weight)
         size = latents.float().square().mean()
-        loss = error.abs().mean() + self._config.edge_weight * edges + self._config.latent_weight * size
-        psnr = -10 * error.detach().square().mean().log10()
-        return loss, {"psnr": float(psnr), "latent_rms": float(size.detach().sqrt())}
+        return loss + self._config.latent_weight * size, {"psnr": psnr, "latent_rms": float(size.detach().sqrt())}
 
     def after_step(self, step: int) -> None:
         pass
@@ -95,3 +93,9 @@ class AutoencoderStage:
         deviation = (self._moments.square - self._moments.mean.square()).sqrt()
         self.model.calibrate(self._moments.mean, deviation)
         save_autoencoder(folder, self.model, about)
+
+
+def reconstruction_loss(error: Tensor, edge_weight: float) -> tuple[Tensor, float]:
+    """The loss of frames that are off by `error` (…, 3, y, x), size of latents aside, and their PSNR in dB."""
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + edge_weight * edges, float(-10 * error.detach().square().mean().log10())

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from minwm.data.clips import Clip
 from minwm.diffusion import flow
 from minwm.models.backbones import Backbone, save_backbone
+from minwm.models.conditions import Conditions
 from minwm.models.context import Context, teacher_forcing
-from minwm.models.prope import Cameras
-from minwm.models.wan import Prompt, Wan
+from minwm.models.transformer import Prompt, Transformer
 from minwm.training.batch import Batch, WindowConfig, cut_windows
 from minwm.training.draw import Draw
 
@@ -41,7 +41,7 @@ class Autoregressive:
         return ("generator",)
 
     def prepare(self, samples: Sequence[Clip], draw: Draw) -> Batch:
-        return cut_windows(samples, draw, self._config.window, self._backbone.text_length)
+        return cut_windows(samples, draw, self._config.window, self._backbone.encode)
 
     def loss(self, turn: str, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         model, config = self._backbone.model, self._backbone.config
@@ -50,7 +50,7 @@ class Autoregressive:
         noisy = flow.add_noise(batch.latents, noise, sigma)
         context = teacher_forcing(batch.latents.shape[1], config.history)
         predicted = denoise_given_clean(
-            model, noisy, batch.latents, sigma, model.prompt(batch.text), batch.cameras, context
+            model, noisy, batch.latents, sigma, model.prompt(batch.text), batch.conditions, context
         )
         return (predicted.float() - flow.velocity(batch.latents, noise)).square().mean(), {}
 
@@ -68,7 +68,13 @@ def chunk_levels(draw: Draw, frames: int, chunk: int, shift: float) -> Tensor:
 
 
 def denoise_given_clean(
-    model: Wan, noisy: Tensor, clean: Tensor, sigma: Tensor, prompt: Prompt, cameras: Cameras, context: Context
+    model: Transformer,
+    noisy: Tensor,
+    clean: Tensor,
+    sigma: Tensor,
+    prompt: Prompt,
+    conditions: Conditions,
+    context: Context,
 ) -> Tensor:
     """Velocity (b, f, c, y, x) of noisy frames at levels (b, f), each chunk given the clean ones before it."""
     both = model(
@@ -76,6 +82,6 @@ def denoise_given_clean(
         torch.cat([torch.zeros_like(sigma), sigma], dim=1) * flow.TIMESTEPS,
         prompt,
         context,
-        cameras.repeat_frames(2),
+        conditions.repeat_frames(2),
     )
     return both[:, clean.shape[1] :]  # type: ignore[no-any-return]

@@ -2,38 +2,46 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minwm.data.clips import Clip
 from minwm.errors import DataError
-from minwm.geometry.camera import relative_viewmats
+from minwm.geometry.camera import invert, relative_viewmats
+from minwm.models.backbones import Encode
+from minwm.models.conditions import Conditions, first_image
 from minwm.models.prope import Cameras
-from minwm.models.text import byte_tokens
 from minwm.training.draw import Draw
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig:
-    """How windows are cut from clips. `prompt_dropout`: share of samples trained without their caption."""
+    """How windows are cut from clips. The dropouts: shares of samples trained without their caption, or first image."""
 
     frames: int = 8
     prompt_dropout: float = 0.1
+    image_dropout: float = 0.0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """latents (b, f, c, y, x) float32, cameras of the same frames, text (b, l) bytes."""
+    """latents (b, f, c, y, x) float32, what steers the same frames, text as the backbone's `prompt` takes it."""
 
     latents: Tensor
-    cameras: Cameras
-    text: Tensor
+    conditions: Conditions
+    text: Any
 
 
-def cut_windows(clips: Sequence[Clip], draw: Draw, config: WindowConfig, text_length: int) -> Batch:
-    """A random window of `config.frames` latent frames from each clip; cameras relative to its first frame."""
-    latents, viewmats, captions = [], [], []
+def cut_windows(clips: Sequence[Clip], draw: Draw, config: WindowConfig, encode: Encode) -> Batch:
+    """A random window of `config.frames` latent frames from each clip; cameras relative to its first frame.
+
+    The first frame's motion and action are those from the frame before the window.
+    """
+    latents, cameras, actions, captions = [], [], [], []
     for clip, place, dropped in zip(clips, draw.uniform("window"), draw.uniform("prompt"), strict=True):
         room = len(clip.latents) - config.frames
         if room < 0:
@@ -41,7 +49,21 @@ def cut_windows(clips: Sequence[Clip], draw: Draw, config: WindowConfig, text_le
         start = int(place * (room + 1))
         window = slice(start, start + config.frames)
         latents.append(torch.from_numpy(clip.latents[window]).float())
-        viewmats.append(torch.from_numpy(relative_viewmats(clip.poses[window])))
+        cameras.append((relative_viewmats(clip.poses[window]), _viewmat_before(clip, start)))
+        actions.append(torch.from_numpy(clip.actions[window]))
         captions.append("" if dropped < config.prompt_dropout else clip.caption)
+    viewmats, before = (torch.from_numpy(np.stack(part)) for part in zip(*cameras, strict=True))
     intrinsics = torch.stack([torch.from_numpy(clip.intrinsics) for clip in clips])
-    return Batch(torch.stack(latents), Cameras(torch.stack(viewmats), intrinsics), byte_tokens(captions, text_length))
+    stacked = torch.stack(latents)
+    shown = (draw.uniform("image") >= config.image_dropout)[:, None, None, None]
+    conditions = Conditions(
+        cameras=Cameras.track(viewmats, intrinsics, before),
+        actions=torch.stack(actions),
+        image=first_image(stacked[:, 0]) * shown,
+    )
+    return Batch(stacked, conditions, encode(captions))
+
+
+def _viewmat_before(clip: Clip, start: int) -> NDArray[np.float32]:
+    """The viewmat (4, 4), in the world of frame `start`, of the frame before it; a clip's first frame is at rest."""
+    return np.asarray(invert(clip.poses[max(start - 1, 0)]) @ clip.poses[start], np.float32)

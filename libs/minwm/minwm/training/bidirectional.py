@@ -47,7 +47,7 @@ class Bidirectional:
         return ("generator",)
 
     def prepare(self, samples: Sequence[Clip], draw: Draw) -> Batch:
-        return cut_windows(samples, draw, self._config.window, self._backbone.text_length)
+        return cut_windows(samples, draw, self._config.window, self._backbone.encode)
 
     def loss(self, turn: str, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         clean = batch.latents
@@ -60,9 +60,9 @@ class Bidirectional:
         predicted = model(
             flow.add_noise(clean, noise, sigma),
             sigma * flow.TIMESTEPS,
-            model.prompt(batch.text),
+            model.prompt(batch.text, bidirectional=True),
             Full(f),
-            batch.cameras,
+            batch.conditions,
         )
         error = (predicted.float() - flow.velocity(clean, noise)).square().mean((2, 3, 4))
         return error[sigma > 0].mean(), {}

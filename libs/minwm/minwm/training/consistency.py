@@ -18,7 +18,7 @@ from minwm.data.clips import Clip
 from minwm.diffusion import flow
 from minwm.models.backbones import Backbone, save_backbone
 from minwm.models.context import teacher_forcing
-from minwm.models.wan import Prompt, Wan
+from minwm.models.transformer import Prompt, Transformer
 from minwm.training.autoregressive import denoise_given_clean
 from minwm.training.batch import Batch, WindowConfig, cut_windows
 from minwm.training.draw import Draw
@@ -34,7 +34,7 @@ class ConsistencyConfig:
     ema_decay: float = 0.95
 
 
-_Predict = Callable[[Wan, Tensor, Tensor, Prompt], Tensor]
+_Predict = Callable[[Transformer, Tensor, Tensor, Prompt], Tensor]
 """Velocity of (model, noisy clip, levels, prompt), given the clip's clean history."""
 
 
@@ -52,7 +52,7 @@ class Consistency:
         return ("generator",)
 
     def prepare(self, samples: Sequence[Clip], draw: Draw) -> Batch:
-        return cut_windows(samples, draw, self._config.window, self._backbone.text_length)
+        return cut_windows(samples, draw, self._config.window, self._backbone.encode)
 
     def loss(self, turn: str, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         clean, config = batch.latents, self._backbone.config
@@ -62,8 +62,8 @@ class Consistency:
         sigma, following = levels[index], levels[index + 1]
         noisy = flow.add_noise(clean, draw.normal("noise", clean.shape[1:]), sigma)
 
-        def predict(model: Wan, x: Tensor, level: Tensor, prompt: Prompt) -> Tensor:
-            return denoise_given_clean(model, x, clean, level, prompt, batch.cameras, context)
+        def predict(model: Transformer, x: Tensor, level: Tensor, prompt: Prompt) -> Tensor:
+            return denoise_given_clean(model, x, clean, level, prompt, batch.conditions, context)
 
         with torch.no_grad():
             velocity = self._guided(predict, noisy, sigma, batch.text)
@@ -74,12 +74,14 @@ class Consistency:
         mine = flow.to_clean(noisy, predict(model, noisy, sigma, model.prompt(batch.text)), sigma)
         return (mine - goal).square().mean(), {}
 
-    def _guided(self, predict: _Predict, noisy: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+    def _guided(self, predict: _Predict, noisy: Tensor, sigma: Tensor, text: Any) -> Tensor:
         """The teacher's velocity in float32, with classifier-free guidance where asked for."""
         velocity = predict(self._teacher, noisy, sigma, self._teacher.prompt(text)).float()
         if self._config.guidance == 1.0:
             return velocity
-        unprompted = predict(self._teacher, noisy, sigma, self._teacher.prompt(torch.zeros_like(text))).float()
+        unprompted = predict(
+            self._teacher, noisy, sigma, self._teacher.prompt(self._backbone.encode([""] * len(noisy)))
+        ).float()
         return unprompted + self._config.guidance * (velocity - unprompted)
 
     def after_step(self, step: int) -> None:

@@ -22,7 +22,7 @@ from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone, save_backbone
 from minwm.models.context import Full
 from minwm.models.rollout import ChunkRollout
-from minwm.models.wan import Wan
+from minwm.models.transformer import Transformer
 from minwm.training.batch import Batch, WindowConfig, cut_windows
 from minwm.training.consistency import update_average
 from minwm.training.draw import Draw
@@ -51,6 +51,7 @@ class DMD:
     """Match the distribution of self-generated clips to the data's."""
 
     def __init__(self, config: DMDConfig, backbone: Backbone, score: Backbone) -> None:
+        backbone.config.history.require_chunks(config.window.frames)
         given = config.context_chunks * backbone.config.history.chunk
         if given >= config.window.frames:
             raise ConfigError(
@@ -69,7 +70,7 @@ class DMD:
         return ("generator", "critic") if step % self._config.critic_ratio == 0 else ("critic",)
 
     def prepare(self, samples: Sequence[Clip], draw: Draw) -> Batch:
-        return cut_windows(samples, draw, self._config.window, self._backbone.text_length)
+        return cut_windows(samples, draw, self._config.window, self._backbone.encode)
 
     def loss(self, turn: str, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         if turn == "generator":
@@ -114,19 +115,19 @@ class DMD:
         with torch.no_grad():
             for start in range(0, self._given, config.history.chunk):
                 end = start + config.history.chunk
-                rollout.commit(batch.latents[:, start:end], frozen_prompt, batch.cameras.frames(start, end))
+                rollout.commit(batch.latents[:, start:end], frozen_prompt, batch.conditions.frames(start, end))
         for start in range(self._given, frames, config.history.chunk):
-            end = min(start + config.history.chunk, frames)
-            cameras = batch.cameras.frames(start, end)
+            end = start + config.history.chunk
+            conditions = batch.conditions.frames(start, end)
             chunk = rollout.denoise(
                 noise[:, 0, start:end],
                 prompt,
-                cameras,
+                conditions,
                 self._levels,
                 partial(_noise_of, noise, start, end),
                 exit_step=exit_step,
             )
-            rollout.commit(chunk.detach(), frozen_prompt, cameras)
+            rollout.commit(chunk.detach(), frozen_prompt, conditions)
             chunks.append(chunk)
         return torch.cat(chunks, dim=1).float(), self._given
 
@@ -140,16 +141,17 @@ class DMD:
         prompted = self._predict_clean(self._real, noisy, sigma, batch)
         if self._config.guidance == 1.0:
             return prompted
-        nothing = torch.zeros_like(batch.text)
+        nothing = self._backbone.encode([""] * len(noisy))
         bare = flow.to_clean(noisy, self._velocity(self._real, noisy, sigma, batch, nothing), sigma)
         return bare + self._config.guidance * (prompted - bare)
 
-    def _predict_clean(self, model: Wan, noisy: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+    def _predict_clean(self, model: Transformer, noisy: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         return flow.to_clean(noisy, self._velocity(model, noisy, sigma, batch, batch.text), sigma)
 
-    def _velocity(self, model: Wan, noisy: Tensor, sigma: Tensor, batch: Batch, text: Tensor) -> Tensor:
+    def _velocity(self, model: Transformer, noisy: Tensor, sigma: Tensor, batch: Batch, text: Any) -> Tensor:
         context = Full(noisy.shape[1])
-        return model(noisy, sigma * flow.TIMESTEPS, model.prompt(text), context, batch.cameras)  # type: ignore[no-any-return]
+        prompt = model.prompt(text, bidirectional=True)
+        return model(noisy, sigma * flow.TIMESTEPS, prompt, context, batch.conditions)  # type: ignore[no-any-return]
 
     def after_step(self, step: int) -> None:
         if "generator" in self.turns(step):

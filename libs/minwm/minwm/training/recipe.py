@@ -3,6 +3,7 @@
 stage: autoregressive
 data: runs/demo/data          # a dataset folder
 backbone: models/wan-doom/base   # a model folder, or `preset:NAME` for random weights
+conditions: [camera_prope, action_timestep]   # what steers it; as the model has them if not given
 run: {steps: 30, batch_size: 4}
 optimizers: {generator: {learning_rate: 1e-4}}
 method: {window: {frames: 8}}    # the stage's own configuration
@@ -17,11 +18,13 @@ from minwm.config import build, load_yaml
 from minwm.data.clips import load_clips
 from minwm.data.episode import load_episodes
 from minwm.errors import ConfigError
-from minwm.models.backbones import Backbone, load_backbone, new_backbone
+from minwm.models.backbones import Backbone, load_backbone, new_backbone, with_conditions
+from minwm.models.conditions import ConditionName
 from minwm.training.autoencoder import AutoencoderStage, AutoencoderStageConfig
 from minwm.training.autoregressive import Autoregressive, AutoregressiveConfig
 from minwm.training.bidirectional import Bidirectional, BidirectionalConfig
 from minwm.training.consistency import Consistency, ConsistencyConfig
+from minwm.training.decoder import DecoderStage, DecoderStageConfig
 from minwm.training.dmd import DMD, DMDConfig
 from minwm.training.engine import OptimizerConfig
 from minwm.training.loop import Progress, RunConfig, train
@@ -39,12 +42,13 @@ class Recipe:
     run: RunConfig
     optimizers: dict[str, OptimizerConfig]
     backbone: str = ""
+    conditions: tuple[ConditionName, ...] | None = None
     method: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.stage not in _STAGES:
             raise ConfigError(f"stage: {self.stage!r} is unknown, expected one of {', '.join(sorted(_STAGES))}")
-        if self.stage != "autoencoder" and not self.backbone:
+        if self.stage not in _WITHOUT_BACKBONE and not self.backbone:
             raise ConfigError(f"backbone: is required by stage {self.stage!r}: a model folder or preset:NAME")
 
 
@@ -63,8 +67,12 @@ def run_recipe(recipe: Recipe, folder: Path, progress: Progress | None = None) -
 
 def _backbone(recipe: Recipe) -> Backbone:
     if recipe.backbone.startswith(PRESET):
-        return new_backbone(recipe.backbone.removeprefix(PRESET), recipe.run.seed)
-    return load_backbone(Path(recipe.backbone))
+        backbone = new_backbone(recipe.backbone.removeprefix(PRESET), recipe.run.seed)
+    else:
+        backbone = load_backbone(Path(recipe.backbone))
+    if recipe.conditions is None:
+        return backbone
+    return with_conditions(backbone, recipe.conditions, recipe.run.seed)
 
 
 _Prepared = tuple[Stage, Sequence[Any], str]
@@ -90,8 +98,10 @@ def _dmd(recipe: Recipe) -> Stage:
     return DMD(config, _backbone(recipe), load_backbone(config.score))
 
 
+_WITHOUT_BACKBONE = ("autoencoder", "decoder")
 _STAGES: dict[str, Callable[[Recipe], _Prepared]] = {
     "autoencoder": _autoencoder,
+    "decoder": _on_clips(lambda r: DecoderStage(build(DecoderStageConfig, r.method, "method"), r.run.seed)),
     "bidirectional": _on_clips(lambda r: Bidirectional(build(BidirectionalConfig, r.method, "method"), _backbone(r))),
     "autoregressive": _on_clips(
         lambda r: Autoregressive(build(AutoregressiveConfig, r.method, "method"), _backbone(r))
