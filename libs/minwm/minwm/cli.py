@@ -15,8 +15,16 @@ from typer.core import TyperGroup
 
 from minwm.errors import MinwmError
 
-# The path from data to a session; commands of other packages come after.
-_ORDER = ("data", "train", "eval", "pipelines", "serve", "play", "demo")
+# Models first, then the path from data to a session; commands of other packages come after.
+_ORDER = ("models", "checkpoints", "data", "train", "eval", "pipelines", "serve", "play", "demo")
+# What only some need is an extra: the module that is missing, and the extra that brings it.
+_EXTRAS = {
+    "diffusers": "published",
+    "ftfy": "published",
+    "huggingface_hub": "published",
+    "transformers": "published",
+    "vizdoom": "doom",
+}
 
 
 class _Path(TyperGroup):
@@ -52,9 +60,17 @@ def main() -> None:
     try:
         application()()
     except MinwmError as error:
-        errors.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        command = f"pip install 'minwm[{_EXTRAS[error.name]}]'"
+        errors.print(
+            f"[bold red]error:[/] {error.name} is not installed; it comes with: {_escaped(command)}", soft_wrap=True
+        )
         sys.exit(1)
 
 
-def _plain(error: MinwmError) -> str:
-    return str(error).replace("[", r"\[")
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

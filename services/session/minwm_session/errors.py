@@ -16,7 +16,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
-from minwm.errors import MinwmError, SessionError, TrajectoryError
+from minwm.errors import InputError, MinwmError, SessionError, TrajectoryError
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ _TABLE: dict[type[MinwmError], _Mapping] = {
     NoFreeSlotError: _Mapping(StatusCode.UNAVAILABLE, "NO_FREE_SLOT"),
     OpenTimeoutError: _Mapping(StatusCode.DEADLINE_EXCEEDED, "OPEN_TIMEOUT"),
     TrajectoryError: _Mapping(StatusCode.INVALID_ARGUMENT, "INVALID_CONTROL"),
+    InputError: _Mapping(StatusCode.INVALID_ARGUMENT, "INVALID_INPUT"),
     MinwmError: _Mapping(StatusCode.FAILED_PRECONDITION, "SESSION_FAILED"),
 }
 _INTERNAL = _Mapping(StatusCode.INTERNAL, "INTERNAL")

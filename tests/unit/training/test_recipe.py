@@ -63,12 +63,22 @@ def test_every_stage_trains_from_a_recipe_and_says_where_its_model_came_from(
     }
 
 
+def test_a_recipe_chooses_what_steers_the_model(tmp_path: Path, values: dict[str, Any]) -> None:
+    values["conditions"] = ["action_timestep", "camera_prope"]
+    model = run_recipe(load_recipe(write(tmp_path, values)), tmp_path / "run")
+    trained = load_backbone(model)
+    assert trained.config.architecture.conditions == ("action_timestep", "camera_prope")
+    assert trained.model.state_dict()["conditions.action_timestep.mlp.2.weight"].any(), "the new branch was trained"
+
+
 @pytest.mark.parametrize(
     ("override", "error", "complaint"),
     [
         ("stage=magic", ConfigError, "stage: 'magic' is unknown, expected one of autoencoder, autoregressive"),
         ("backbone=", ConfigError, "backbone"),
         ("backbone=preset:wan-boom", ConfigError, "preset 'wan-boom': unknown, expected one of wan-doom"),
+        ("conditions=[camera_prop]", ConfigError, r"conditions\[0\]: 'camera_prop' is not what was expected: one of"),
+        ("encoders={folder: nowhere}", ConfigError, "encoders.cache: is required and missing"),
         ("backbone=nowhere", CheckpointError, "nowhere: not a model folder"),
         ("data=nowhere", DataError, "nowhere: not a dataset"),
         ("method.window.frame=4", ConfigError, "method.window.frame: unknown key, did you mean 'frames'?"),

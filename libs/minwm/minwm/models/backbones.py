@@ -59,7 +59,8 @@ def load_backbone(folder: Path, dtype: torch.dtype = torch.float32) -> Backbone:
     if "levels" in values:  # JSON's keys are strings
         values["levels"] = {int(steps): tuple(levels) for steps, levels in values["levels"].items()}
     config = build(WorldConfig, values, f"{folder}/{CONFIG}")
-    model = new_model(config.architecture).to(dtype)
+    with torch.device("meta"):  # no weights until they are read
+        model = new_model(config.architecture).to(dtype)
     load_weights(model, folder)
     return Backbone(model, config)
 

@@ -1,26 +1,32 @@
-"""Weights on disk: a folder with `model.safetensors` and `config.json`.
+"""Weights on disk: a folder with `model.safetensors` (or shards of it with an index) and `config.json`.
 
 The configuration says what kind of model it is, how to build it, and where the weights came from.
-Loading is strict: every missing, unexpected and misshapen key is listed.
+Loading is strict: every missing, unexpected and misshapen key is listed. Tensors are read one at a time and written
+shard by shard, so neither holds a second copy of a large model.
 """
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minwm.config import build
 from minwm.errors import CheckpointError
 from minwm.models.autoencoder import Autoencoder, AutoencoderConfig
+from minwm.models.sources import INDEX, Files, InMemory, Tensors, weight_files
+from minwm.models.sources import read_json as read_json  # whoever knows our folders reads their JSON
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+STEM = "model"
+WEIGHTS, CONFIG = f"{STEM}.safetensors", "config.json"
+SHARD_BYTES = 5 * 10**9
 
 
 def save_model(
@@ -37,19 +43,87 @@ def save_model(
     An existing folder is replaced. `about` is provenance: free-form, kept in `config.json`.
     """
     content = {"kind": kind, "config": asdict(config), "about": dict(about or {})}  # type: ignore[call-overload]
-    weights = {name: value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()}
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True, exist_ok=True)
-    save_file(weights, partial / WEIGHTS)
-    (partial / CONFIG).write_text(json.dumps(content, indent=1, default=str))
-    if folder.exists():
-        for name in (WEIGHTS, CONFIG):
-            (folder / name).unlink(missing_ok=True)
+    write_folder(folder, InMemory(model.state_dict()), content, dtype=dtype)
+
+
+def write_folder(
+    folder: Path,
+    tensors: Tensors,
+    config: Mapping[str, Any],
+    *,
+    stem: str = STEM,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write tensors, cast to `dtype` if given, and `config.json`; aside first, then renamed.
+
+    More than `shard_bytes` are split over several files, and at most that much is held in memory. Of an existing
+    folder the weights and the configuration are replaced.
+    """
+    with _aside(folder, stem) as partial:
+        (partial / CONFIG).write_text(json.dumps(config, indent=1, default=str))
+        _write_shards(partial, tensors, stem, dtype, shard_bytes)
         for path in partial.iterdir():
-            os.replace(path, folder / path.name)
-        partial.rmdir()
-    else:
-        os.replace(partial, folder)
+            shutil.copymode(partial / CONFIG, path)  # safetensors lets nobody but the owner read what it writes
+
+
+@contextmanager
+def _aside(folder: Path, stem: str) -> Iterator[Path]:
+    """A folder to write to that becomes `folder` when all went well, and nothing otherwise."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            for old in (*folder.glob(f"{stem}.*"), *folder.glob(f"{stem}-*"), folder / CONFIG):
+                old.unlink(missing_ok=True)
+            for path in partial.iterdir():
+                os.replace(path, folder / path.name)
+        else:
+            os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_shards(folder: Path, tensors: Tensors, stem: str, dtype: torch.dtype | None, limit: int) -> None:
+    shards = _shards(tensors.shapes, dtype, limit)
+    files: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({name: _copy(tensors.read(name), dtype) for name in names}, folder / file, {"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(_bytes(value, dtype) for value in tensors.shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (folder / f"{stem}{INDEX}").write_text(json.dumps(index, indent=1))
+
+
+def _shards(shapes: Mapping[str, Tensor], dtype: torch.dtype | None, limit: int) -> list[list[str]]:
+    """Names in runs of at most `limit` bytes, or of one tensor that is larger."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, value in shapes.items():
+        bytes_ = _bytes(value, dtype)
+        if shards[-1] and size + bytes_ > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += bytes_
+    return shards
+
+
+def _bytes(value: Tensor, dtype: torch.dtype | None) -> int:
+    return value.numel() * _stored(value, dtype).itemsize
+
+
+def _copy(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In memory of its own: tensors of a mapped file share theirs, which safetensors refuses to write."""
+    return value.detach().to("cpu", _stored(value, dtype), copy=True, memory_format=torch.contiguous_format)
+
+
+def _stored(value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return value.dtype if dtype is None or not value.is_floating_point() else dtype
 
 
 def read_config(folder: Path, kind: str) -> dict[str, Any]:
@@ -65,41 +139,64 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
     return content
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises CheckpointError when it is damaged or no mapping."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a mapping, found {type(content).__name__}")
-    return content
-
-
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load `model.safetensors` into the model, casting to the model's dtype. Strict."""
-    path = folder / WEIGHTS
-    if not path.is_file():
+def read_weights(folder: Path) -> Files:
+    """The tensors of a model folder. Raises CheckpointError when they are absent or damaged."""
+    index = folder / f"{STEM}{INDEX}"
+    if not index.is_file() and not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder}: has no {WEIGHTS}")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from error
-    check_fit(model.state_dict(), weights, where=str(path))
-    model.load_state_dict(weights)
+    return Files(weight_files(index if index.is_file() else folder / WEIGHTS))
 
 
-def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """Raise CheckpointError listing every missing, unexpected and misshapen key."""
-    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
+def load_weights(model: nn.Module, folder: Path, missing_ok: Collection[str] = ()) -> None:
+    """Load a folder's weights into the model, casting to the model's dtype. Strict; see load_tensors."""
+    tensors = read_weights(folder)
+    load_tensors(model, tensors, where=str(folder / WEIGHTS), missing_ok=missing_ok)
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: Tensors, where: str, missing_ok: Collection[str] = ()) -> None:
+    """Copy tensors into the model, one at a time, cast to its dtypes; on the meta device, give them to it.
+
+    What is in `missing_ok` may be absent and then stays as it is. Raises CheckpointError, listing every misfit and
+    leaving the model as it was.
+    """
+    state = model.state_dict()
+    check_fit(state, tensors.shapes, where, missing_ok)
+    for name in tensors.shapes:
+        if state[name].is_meta:
+            _give(model, name, tensors.read(name).to(state[name].dtype, copy=True))
+        else:
+            state[name].copy_(tensors.read(name))
+
+
+def _give(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = getattr(module, leaf)
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value)
+
+
+def check_fit(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, missing_ok: Collection[str] = ()
+) -> None:
+    """Raise CheckpointError listing every missing (but for `missing_ok`), unexpected and misshapen key."""
+    problems = misfits(expected, found, missing_ok)
+    if problems:
+        raise CheckpointError(f"{where}: does not fit the model: " + "; ".join(problems))
+
+
+def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], missing_ok: Collection[str] = ()) -> list[str]:
+    """A line for every missing, unexpected and misshapen key; sorted."""
+    problems = [f"missing {name}" for name in expected.keys() - found.keys() - set(missing_ok)]
     problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
     problems += [
         f"{name} has shape {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in expected.keys() & found.keys()
         if found[name].shape != expected[name].shape
     ]
-    if problems:
-        raise CheckpointError(f"{where}: does not fit the model: " + "; ".join(sorted(problems)))
+    return sorted(problems)
 
 
 def save_autoencoder(folder: Path, model: Autoencoder, about: Mapping[str, Any] | None = None) -> None:

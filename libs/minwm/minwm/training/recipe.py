@@ -4,13 +4,14 @@ stage: autoregressive
 data: runs/demo/data          # a dataset folder
 backbone: models/wan-doom/base   # a model folder, or `preset:NAME` for random weights
 conditions: [camera_prope, action_timestep]   # what steers it; as the model has them if not given
+encoders: {folder: published/wan, cache: runs/embeddings}   # of prompts, for backbones that take embeddings
 run: {steps: 30, batch_size: 4}
 optimizers: {generator: {learning_rate: 1e-4}}
 method: {window: {frames: 8}}    # the stage's own configuration
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minwm.data.episode import load_episodes
 from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone, load_backbone, new_backbone, with_conditions
 from minwm.models.conditions import ConditionName
+from minwm.models.prompts import EncodersConfig, prompt_encoder
 from minwm.training.autoencoder import AutoencoderStage, AutoencoderStageConfig
 from minwm.training.autoregressive import Autoregressive, AutoregressiveConfig
 from minwm.training.bidirectional import Bidirectional, BidirectionalConfig
@@ -43,6 +45,7 @@ class Recipe:
     optimizers: dict[str, OptimizerConfig]
     backbone: str = ""
     conditions: tuple[ConditionName, ...] | None = None
+    encoders: EncodersConfig | None = None
     method: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,9 +73,11 @@ def _backbone(recipe: Recipe) -> Backbone:
         backbone = new_backbone(recipe.backbone.removeprefix(PRESET), recipe.run.seed)
     else:
         backbone = load_backbone(Path(recipe.backbone))
-    if recipe.conditions is None:
-        return backbone
-    return with_conditions(backbone, recipe.conditions, recipe.run.seed)
+    if recipe.conditions is not None:
+        backbone = with_conditions(backbone, recipe.conditions, recipe.run.seed)
+    if recipe.encoders is not None:
+        backbone = replace(backbone, encoder=prompt_encoder(recipe.encoders, backbone.config.architecture))
+    return backbone
 
 
 _Prepared = tuple[Stage, Sequence[Any], str]
