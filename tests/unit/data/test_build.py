@@ -32,6 +32,34 @@ def test_an_episode_is_encoded_as_one_stream(new_episodes: NewEpisodes, tiny_aut
     np.testing.assert_allclose(latents, expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("scene", "labels", "caption"),
+    [
+        ("freedoom1:E1M3", [], "freedoom1 e1m3"),
+        ("freedoom1:E1M3", ["ShortRedTorch"], "freedoom1 e1m3: short red torch"),
+        (
+            "freedoom1:E1M3",
+            ["ShortRedTorch", "ShortGreenColumn", "TallRedColumn"],
+            "freedoom1 e1m3: short red torch, short green column",
+        ),
+        (f"{'x' * 70}:E1M1", ["Shell"], "x" * 64),
+    ],
+)
+def test_a_caption_names_as_many_objects_as_presets_that_embed_bytes_can_take(
+    new_episodes: NewEpisodes,
+    tiny_autoencoder: Autoencoder,
+    tmp_path: Path,
+    scene: str,
+    labels: list[str],
+    caption: str,
+) -> None:
+    (episode,) = new_episodes(1, 42)
+    seen = [labels[: 1 + number % max(1, len(labels))] for number in range(42)]  # the first most often
+    build_clips([dataclasses.replace(episode, scene=scene, labels=seen)], tiny_autoencoder, tmp_path / "d", CONFIG)
+    clips, _ = load_clips(tmp_path / "d")
+    assert {clip.caption for clip in clips} == {caption}
+
+
 def test_clips_are_cuts_of_the_stream_with_everything_that_belongs_to_them(
     new_episodes: NewEpisodes, tiny_autoencoder: Autoencoder, tmp_path: Path
 ) -> None:

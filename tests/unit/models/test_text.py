@@ -4,17 +4,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minwm.errors import InputError
 from minwm.models.text import BYTE_VOCABULARY, byte_tokens
 
 pytestmark = pytest.mark.unit
 
 
-@given(prompts=st.lists(st.text(max_size=20), min_size=1, max_size=4), length=st.integers(1, 24))
-def test_bytes_can_be_read_back_up_to_the_length(prompts: list[str], length: int) -> None:
+@given(prompts=st.lists(st.text(max_size=5), min_size=1, max_size=4), length=st.integers(20, 24))
+def test_bytes_can_be_read_back(prompts: list[str], length: int) -> None:
     tokens = byte_tokens(prompts, length)
     assert tokens.shape == (len(prompts), length)
     assert int(tokens.max()) < BYTE_VOCABULARY
     for prompt, row in zip(prompts, tokens.tolist(), strict=True):
-        encoded = prompt.encode()[:length]
+        encoded = prompt.encode()
         assert bytes(token - 1 for token in row[: len(encoded)]) == encoded
         assert row[len(encoded) :] == [0] * (length - len(encoded))
+
+
+def test_a_prompt_that_is_too_long_is_refused_not_cut() -> None:
+    assert byte_tokens(["fünf"], 5).shape == (1, 5)
+    with pytest.raises(InputError, match=r"prompt\[1\]: has 6 bytes, expected at most 5"):
+        byte_tokens(["fünf", "fünf!"], 5)

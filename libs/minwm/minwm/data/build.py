@@ -24,6 +24,7 @@ from minwm.models.autoencoder import Autoencoder
 from minwm.models.layout import FRAMES_PER_LATENT
 
 ENCODE_FRAMES = 64
+CAPTION_BYTES = 64  # what presets that embed bytes take
 ANNOTATORS = {"poses": "source", "actions": "poses, 81 classes", "caption": "source labels"}
 
 
@@ -131,11 +132,13 @@ def _cut(episode: Episode, autoencoder: Autoencoder, config: ClipsConfig, index:
 
 
 def _caption(scene: str, labels: Sequence[Sequence[str]]) -> str:
-    """The scene and its most seen objects, such as `freedoom1 e2m1: green torch, shell`."""
+    """The scene and as many of its most seen objects as fit, such as `freedoom1 e2m1: green torch, shell`."""
     seen = Counter(name for names in labels for name in names)
     words = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name, _ in seen.most_common(3)]
     place = scene.replace(":", " ").lower()
-    return f"{place}: {', '.join(words)}" if words else place
+    captions = (f"{place}: {', '.join(words[:count])}" for count in range(len(words), 0, -1))
+    short = place.encode()[:CAPTION_BYTES].decode(errors="ignore")
+    return next((caption for caption in captions if len(caption.encode()) <= CAPTION_BYTES), short)
 
 
 def _speeds(episode: Episode) -> NDArray[np.float64]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minwm.errors import InputError
+
 BYTE_VOCABULARY = 257  # 0 is "no byte"; byte b is b + 1
 
 
@@ -18,6 +20,9 @@ class Embedded:
 
 
 def byte_tokens(prompts: Sequence[str], length: int) -> Tensor:
-    """(b, length) int64: each prompt's first `length` UTF-8 bytes, padded with 0."""
-    rows = [[byte + 1 for byte in prompt.encode()[:length]] for prompt in prompts]
+    """(b, length) int64: each prompt's UTF-8 bytes, padded with 0. Raises InputError for one that is longer."""
+    rows = [[byte + 1 for byte in prompt.encode()] for prompt in prompts]
+    for number, row in enumerate(rows):
+        if len(row) > length:
+            raise InputError(f"prompt[{number}]: has {len(row)} bytes, expected at most {length}")
     return torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int64)
