@@ -184,9 +184,9 @@ class DoubleBlock(nn.Module):
         text = text[:, None]
         q, k, v = self._heads("img", x, modulation)
         text_q, text_k, text_v = self._heads("txt", text, text_modulation)
-        beside = Beside(text_k, text_v, mask)
-        everything = (torch.cat([text_k, rotate(k, step.rotation)], 1), torch.cat([text_v, v], 1))
-        read = attention(text_q, *everything, beside.key_mask(k.shape[1]))
+        beside = Beside(text_k.to(v.dtype), text_v, mask)
+        keys = torch.cat([beside.keys, rotate(k, step.rotation).to(v.dtype)], 1)
+        read = attention(text_q.to(v.dtype), keys, torch.cat([text_v, v], 1), beside.key_mask(k.shape[1]))
         x = self._image(x, modulation, (q, k, v), beside, layer, step)
         return x, self._finish("txt", text, text_modulation, self._part("txt_attn_proj", read.flatten(2)))[:, 0]
 
@@ -195,8 +195,8 @@ class DoubleBlock(nn.Module):
         modulation = self._modulation("txt", vector)
         text = text[:, None]
         q, k, v = self._heads("txt", text, modulation)
-        beside = Beside(k, v, mask)
-        read = attention(q, k, v, beside.key_mask(0))
+        beside = Beside(k.to(v.dtype), v, mask)
+        read = attention(q.to(v.dtype), beside.keys, v, beside.key_mask(0))
         return self._finish("txt", text, modulation, self._part("txt_attn_proj", read.flatten(2)))[:, 0], beside
 
     def _part(self, name: str, x: Tensor) -> Tensor:
@@ -207,10 +207,10 @@ class DoubleBlock(nn.Module):
         return self._part(f"{stream}_mod", vector).unsqueeze(2).chunk(6, dim=-1)
 
     def _heads(self, stream: str, x: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (b, f·n, h, d) of tokens (b, f, n, dim)."""
+        """Queries, keys (normalised, float32) and values (b, f·n, h, d) of tokens (b, f, n, dim)."""
         y = self._norm(x, *modulation[:2]).flatten(1, 2)
         q, k, v = (self._part(f"{stream}_attn_{part}", y).unflatten(-1, (self.heads, -1)) for part in "qkv")
-        q, k = (self._part(f"{stream}_attn_{part}_norm", z).to(v.dtype) for part, z in (("q", q), ("k", k)))
+        q, k = (self._part(f"{stream}_attn_{part}_norm", z) for part, z in (("q", q), ("k", k)))
         return q, k, v
 
     def _image(

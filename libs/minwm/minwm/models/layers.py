@@ -4,12 +4,20 @@ import torch
 from torch import Tensor, nn
 
 
-class RMSNorm(nn.RMSNorm):
-    """In the weights' precision also under autocast."""
+class RMSNorm(nn.Module):
+    """Over the last axis, computed and returned in float32: rotations and projections that follow are in it too."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape as x."""
-        return super().forward(x.to(self.weight.dtype))
+        """Same shape as x, float32 or better."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x if x.dtype == torch.float64 else x.float()
+            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+            return x * scale * self.weight
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

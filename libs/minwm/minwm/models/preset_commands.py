@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from minwm.models.presets import WorldConfig
 
 _ABOUT = {  # short: the table of presets fits into 80 columns
-    "wan-doom": "real time in VizDoom on two CPU cores",
+    "wan-doom": "real time on two CPU cores",
     "wan2.1-t2v-1.3b": "Wan 2.1, as released",
-    "wan2.1-t2v-14b": "Wan 2.1, the large one, as released",
+    "wan2.1-t2v-14b": "Wan 2.1, the large one",
     "minwm-wan2.1-1.3b": "minWM's world model on Wan 2.1",
-    "hunyuanvideo-1.5-8b": "HunyuanVideo 1.5 as released, no cache",
+    "hunyuanvideo-1.5-8b": "HunyuanVideo 1.5, as released",
     "minwm-hunyuanvideo-1.5-8b": "minWM's on HunyuanVideo 1.5",
     "minwm-hunyuanvideo-1.5-8b-action": "minWM's, steered by actions too",
-    "hy-worldplay-8b": "HY-WorldPlay's on HunyuanVideo 1.5",
+    "hy-worldplay-8b": "HY-WorldPlay, on the same",
 }
 
 

@@ -117,19 +117,22 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention by position and, where there are cameras, by camera; each (b, n, h, d).
 
-    qkv: (b, n, h, d) each, normalised, not yet rotated.
+    qkv: (b, n, h, d) each, normalised, not yet rotated: q and k in float32, v in the dtype to attend in.
     past_by_position: the branch by camera sees a cache's past as the branch by position left it (rotated, not
         projected), and the cache keeps half as much: how minWM's HunyuanVideo rolls out
     """
     q, k, v = qkv
-    by_position = (rotate(q, rotation), rotate(k, rotation), v)
+    placed_q, placed_k = rotate(q, rotation), rotate(k, rotation)
     if camera is None:
-        return context.attend(layer, *by_position, beside), None
-    by_camera = (transform(q, camera.matrix.mT), transform(k, camera.inverse), transform(v, camera.inverse))
+        return context.attend(layer, placed_q.to(v.dtype), placed_k.to(v.dtype), v, beside), None
+    seen_q, seen_k, seen_v = transform(q, camera.matrix.mT), transform(k, camera.inverse), transform(v, camera.inverse)
     if past_by_position:
-        seen = context.attend(layer, *by_camera, beside)
-        placed = context.attend(layer, *by_position, beside)  # the second to write: what later chunks find
+        seen = context.attend(layer, seen_q.to(v.dtype), seen_k.to(v.dtype), seen_v, beside)
+        # the second to write, so that later chunks find keys as they are placed
+        placed = context.attend(layer, placed_q.to(v.dtype), placed_k.to(v.dtype), v, beside)
     else:
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(by_position, by_camera, strict=True))
-        placed, seen = context.attend(layer, q, k, v, beside).chunk(2, dim=2)
+        both_q = torch.cat([placed_q, seen_q], dim=2).to(v.dtype)
+        both_k = torch.cat([placed_k, seen_k], dim=2).to(v.dtype)
+        both = context.attend(layer, both_q, both_k, torch.cat([v, seen_v], dim=2), beside)
+        placed, seen = both.chunk(2, dim=2)
     return placed, transform(seen, camera.matrix)

@@ -17,7 +17,7 @@ Axes = tuple[int, int, int]
 def rotation(
     frames: Sequence[int], rows: int, columns: int, axes: Axes, device: torch.device, *, theta: float = 10000.0
 ) -> Tensor:
-    """Angles' (cos, sin) for every token: (2, len(frames)·rows·columns, sum(axes)/2) float32."""
+    """The phase e^(i·angle) of every token's channel pairs: (len(frames)·rows·columns, sum(axes)/2) complex64."""
     f, y, x = (
         _angles(positions, width, theta)
         for positions, width in zip((frames, range(rows), range(columns)), axes, strict=True)
@@ -31,7 +31,7 @@ def rotation(
         ],
         dim=-1,
     ).flatten(0, 2)
-    return torch.stack([angles.cos(), angles.sin()]).to(device=device, dtype=torch.float32)
+    return torch.polar(torch.ones_like(angles), angles).to(device=device, dtype=torch.complex64)
 
 
 def _angles(positions: Sequence[int], width: int, theta: float) -> Tensor:
@@ -40,7 +40,6 @@ def _angles(positions: Sequence[int], width: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate tokens x (b, n, h, d), in float32, by `rotation` (2, n, d/2)."""
-    cos, sin = rotation[:, None, :, None, :].unbind(0)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    """Rotate tokens x (b, n, h, d), float32 or better, by phases (n, d/2)."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation[:, None]).flatten(-2)

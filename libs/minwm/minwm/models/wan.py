@@ -111,8 +111,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, layer: int, step: _Step) -> Tensor:
         """x (b, f·n, dim) to (b, f·n, dim)."""
         v = self.v(x).unflatten(-1, (self.heads, -1))
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)).to(v.dtype)
-        k = self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)).to(v.dtype)
+        q, k = (y.unflatten(-1, (self.heads, -1)) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x))))
         by_position, by_camera = prope.attend(step.context, layer, (q, k, v), step.rotation, step.camera)
         out: Tensor = self.o(by_position.flatten(2))
         return out if by_camera is None else out + self.prope_o(by_camera.flatten(2))
@@ -157,10 +156,11 @@ class Block(nn.Module):
         """x (b, f, n, dim), e0 (b, f, 6, dim) to (b, f, n, dim)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).unsqueeze(3).unbind(2)
         frames = x.shape[1]
-        y = self.norm1(x) * (1 + scale1) + shift1
-        x = x + gate1 * self.self_attn(y.flatten(1, 2), layer, step).unflatten(1, (frames, -1))
+        y = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
+        read = self.self_attn(y.flatten(1, 2), layer, step).unflatten(1, (frames, -1))
+        x = torch.addcmul(x, gate1, read)
         x = x + self.cross_attn(self.norm3(x).flatten(1, 2), prompt).unflatten(1, (frames, -1))
-        return x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)  # type: ignore[no-any-return]
+        return torch.addcmul(x, gate2, self.ffn(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
 
 
 class Head(nn.Module):
