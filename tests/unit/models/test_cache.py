@@ -15,7 +15,7 @@ from minwm.models.backbones import Backbone
 from minwm.models.cache import CacheGeometry, KVCache
 from minwm.models.conditions import ConditionName, Conditions
 from minwm.models.context import Beside, History, Masked, attention, teacher_forcing
-from minwm.models.prope import projection, transform
+from minwm.models.prope import transform
 from minwm.models.rope import rotate, rotation
 from minwm.models.transformer import Prompt
 
@@ -275,7 +275,7 @@ def test_compat_shows_the_attention_by_camera_a_past_that_was_placed_by_position
         beside, modulation = stream.prompt.layers[0], block._modulation("img", vector)
         q, k, v = block._heads("img", x, modulation)
         angles = rotation(range(start, end), 4, 6, config.axes, x.device, theta=config.theta)
-        camera = projection(cameras.frames(start, end))
+        camera = cameras.frames(start, end).projection
         seen = [frame for frame in range(start) if history.sees(end, frame)]
         keys, values = ([past[frame][part] for frame in seen] for part in (0, 1))
         keys, values = [beside.keys, *keys], [beside.values, *values]

@@ -14,7 +14,7 @@ from minwm.geometry.camera import se3_exp
 from minwm.models.backbones import Backbone
 from minwm.models.conditions import Conditions
 from minwm.models.context import Full, History, teacher_forcing
-from minwm.models.prope import Cameras, projection, transform
+from minwm.models.prope import Cameras, transform
 from minwm.models.rope import rotation
 from minwm.models.wan import SelfAttention, WanConfig, _Step
 
@@ -33,7 +33,7 @@ def rigid(seed: int, count: int) -> Tensor:
 def test_projection_is_the_lifted_intrinsics_times_the_viewmat_and_its_inverse(seed: int) -> None:
     torch.manual_seed(seed)
     viewmats, intrinsics = rigid(seed, 6).reshape(2, 3, 4, 4), torch.rand(2, 4) + 0.3
-    got = projection(Cameras.track(viewmats.float(), intrinsics))
+    got = Cameras.track(viewmats.float(), intrinsics).projection
     lifted = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1, 1)
     lifted[:, 0, 0, 0], lifted[:, 0, 1, 1] = intrinsics[:, 0].double(), intrinsics[:, 1].double()
     torch.testing.assert_close(got.matrix.double(), lifted @ viewmats, rtol=0, atol=1e-5)
@@ -112,7 +112,7 @@ def test_one_call_over_twice_the_heads_is_the_two_attentions_of_the_formula(new_
     x, cameras = torch.randn(2, 3 * 2, 32), new_cameras(2, 3)
     angles = rotation(range(3), 1, 2, (8, 4, 4), torch.device("cpu"))
     with torch.no_grad():
-        got = layer(x, 0, _Step(Full(3), angles, projection(cameras)))
+        got = layer(x, 0, _Step(Full(3), angles, cameras.projection))
 
     layer.double()
     x = x.double()

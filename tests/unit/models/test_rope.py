@@ -40,7 +40,7 @@ def test_rotation_is_a_split_of_complex_phases(split: tuple[int, int, int], thet
     torch.manual_seed(0)
     frames = [0, 3, 2, 1023]
     x = torch.randn(2, 4 * 2 * 3, 2, sum(split), dtype=torch.float64)
-    got = rotate(x.float(), rotation(frames, 2, 3, split, CPU, theta=theta))
+    got = rotate(x.float(), rotation(tuple(frames), 2, 3, split, CPU, theta=theta))
     torch.testing.assert_close(got.double(), complex_rotation(x, frames, 2, 3, split, theta), rtol=0, atol=1e-6)
 
 
@@ -50,8 +50,8 @@ def test_far_frames_see_the_same_relative_positions_as_near_ones(seed: int, far:
     q, k = torch.randn(2, 1, 1, 1, 64)
 
     def logit(position: int) -> float:
-        rotated_q = rotate(q, rotation([position + apart], 1, 1, (24, 20, 20), CPU))
-        rotated_k = rotate(k, rotation([position], 1, 1, (24, 20, 20), CPU))
+        rotated_q = rotate(q, rotation((position + apart,), 1, 1, (24, 20, 20), CPU))
+        rotated_k = rotate(k, rotation((position,), 1, 1, (24, 20, 20), CPU))
         return float((rotated_q * rotated_k).sum())
 
     assert logit(far) == pytest.approx(logit(20), abs=2e-5)
@@ -59,6 +59,6 @@ def test_far_frames_see_the_same_relative_positions_as_near_ones(seed: int, far:
 
 def test_rotation_keeps_lengths_and_the_data_type() -> None:
     x = torch.randn(1, 6, 2, 64)
-    rotated = rotate(x, rotation([100_000], 2, 3, (24, 20, 20), CPU))
+    rotated = rotate(x, rotation((100_000,), 2, 3, (24, 20, 20), CPU))
     assert rotated.dtype == torch.float32
     torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1), rtol=1e-5, atol=0)

@@ -345,7 +345,7 @@ class Hunyuan(Transformer):
         step = _Step(
             context=context,
             rotation=rotation(context.positions, rows, columns, config.axes, latents.device, theta=config.theta),
-            camera=prope.projection(frames.cameras(conditions)) if by_camera else None,
+            camera=frames.cameras(conditions).projection if by_camera else None,
             past_by_position=config.prope_history == "compat",
         )
         steering = self.conditions.steer(conditions, frames)

@@ -15,9 +15,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x, float32 or better."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x if x.dtype == torch.float64 else x.float()
-            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-            return x * scale * self.weight
+            precision = torch.promote_types(x.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precision)
+            scale = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
+            return x * scale * self.weight.to(precision)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

@@ -8,6 +8,7 @@ camera run as one call over twice the heads.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +16,14 @@ from torch import Tensor
 from minwm.errors import InputError
 from minwm.models.context import Beside, Context
 from minwm.models.rope import rotate
+
+
+@dataclass(frozen=True)
+class Projection:
+    """P and P⁻¹, each (b, f, 4, 4) float32."""
+
+    matrix: Tensor
+    inverse: Tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,14 @@ class Cameras:
         _require_cameras(viewmats, intrinsics)
         first = viewmats[:, :1] if before is None else before[:, None].to(viewmats)
         return cls(viewmats, intrinsics, torch.cat([first, viewmats[:, :-1]], dim=1) @ invert(viewmats))
+
+    @cached_property
+    def projection(self) -> Projection:
+        """P and P⁻¹ of every frame, computed once; the inverse is analytic (viewmats are rigid)."""
+        viewmats = self.viewmats.float()
+        focal = self.intrinsics[:, None, :2].float().expand(-1, viewmats.shape[1], -1)
+        scale = torch.cat([focal, torch.ones_like(focal)], dim=-1)
+        return Projection(scale[..., :, None] * viewmats, invert(viewmats) / scale[..., None, :])
 
     def repeat_frames(self, times: int) -> "Cameras":
         """The same cameras `times` over, one run after the other."""
@@ -81,28 +98,11 @@ def invert(rigid: Tensor) -> Tensor:
     return inverse
 
 
-@dataclass(frozen=True)
-class Projection:
-    """P and P⁻¹, each (b, f, 4, 4) float32."""
-
-    matrix: Tensor
-    inverse: Tensor
-
-
-def projection(cameras: Cameras) -> Projection:
-    """P and P⁻¹ of every frame; the inverse is analytic (viewmats are rigid)."""
-    viewmats = cameras.viewmats.float()
-    focal = cameras.intrinsics[:, None, :2].float().expand(-1, viewmats.shape[1], -1)
-    scale = torch.cat([focal, torch.ones_like(focal)], dim=-1)
-    return Projection(scale[..., :, None] * viewmats, invert(viewmats) / scale[..., None, :])
-
-
 def transform(x: Tensor, matrix: Tensor) -> Tensor:
-    """Map tokens x (b, n, h, d) of f frames, in groups of four channels, by (b, f, 4, 4), in float32."""
+    """Map tokens x (b, n, h, d) of f frames, in groups of four channels, by (b, f, 4, 4); float32."""
     b, f = matrix.shape[:2]
     with torch.autocast(x.device.type, enabled=False):
-        mapped = x.float().reshape(b, f, -1, 4) @ matrix.transpose(-1, -2)
-    return mapped.reshape(x.shape).to(x.dtype)
+        return torch.bmm(x.float().reshape(b * f, -1, 4), matrix.mT.reshape(b * f, 4, 4)).reshape(x.shape)
 
 
 def attend(
@@ -127,12 +127,11 @@ def attend(
         return context.attend(layer, placed_q.to(v.dtype), placed_k.to(v.dtype), v, beside), None
     seen_q, seen_k, seen_v = transform(q, camera.matrix.mT), transform(k, camera.inverse), transform(v, camera.inverse)
     if past_by_position:
-        seen = context.attend(layer, seen_q.to(v.dtype), seen_k.to(v.dtype), seen_v, beside)
+        seen = context.attend(layer, seen_q.to(v.dtype), seen_k.to(v.dtype), seen_v.to(v.dtype), beside)
         # the second to write, so that later chunks find keys as they are placed
         placed = context.attend(layer, placed_q.to(v.dtype), placed_k.to(v.dtype), v, beside)
     else:
-        both_q = torch.cat([placed_q, seen_q], dim=2).to(v.dtype)
-        both_k = torch.cat([placed_k, seen_k], dim=2).to(v.dtype)
-        both = context.attend(layer, both_q, both_k, torch.cat([v, seen_v], dim=2), beside)
-        placed, seen = both.chunk(2, dim=2)
-    return placed, transform(seen, camera.matrix)
+        pairs = (placed_q, seen_q), (placed_k, seen_k), (v, seen_v)
+        q, k, v = (torch.cat([part.to(v.dtype) for part in pair], dim=2) for pair in pairs)
+        placed, seen = context.attend(layer, q, k, v, beside).chunk(2, dim=2)
+    return placed, transform(seen, camera.matrix).to(v.dtype)

@@ -6,6 +6,7 @@ so any index is exact; no table limits a stream's length.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,24 +15,23 @@ Axes = tuple[int, int, int]
 """Channels of a head for the frame, the row and the column; even numbers."""
 
 
+@lru_cache(maxsize=16)  # all passes over one chunk, and over one clip length, ask for the same
 def rotation(
     frames: Sequence[int], rows: int, columns: int, axes: Axes, device: torch.device, *, theta: float = 10000.0
 ) -> Tensor:
-    """The phase e^(i·angle) of every token's channel pairs: (len(frames)·rows·columns, sum(axes)/2) complex64."""
-    f, y, x = (
-        _angles(positions, width, theta)
-        for positions, width in zip((frames, range(rows), range(columns)), axes, strict=True)
-    )
-    grid = (len(f), rows, columns)
-    angles = torch.cat(
-        [
-            f[:, None, None].expand(*grid, -1),
-            y[None, :, None].expand(*grid, -1),
-            x[None, None, :].expand(*grid, -1),
-        ],
-        dim=-1,
-    ).flatten(0, 2)
-    return torch.polar(torch.ones_like(angles), angles).to(device=device, dtype=torch.complex64)
+    """The phase e^(i·angle) of every token's channel pairs: (len(frames)·rows·columns, sum(axes)/2) complex64.
+
+    frames: hashable, such as a range or a tuple
+    """
+    with torch.inference_mode(False):  # whoever asks first, all may use it
+        f, y, x = (
+            _angles(positions, width, theta)
+            for positions, width in zip((frames, range(rows), range(columns)), axes, strict=True)
+        )
+        grid = (len(f), rows, columns)
+        axis_angles = f[:, None, None], y[None, :, None], x[None, None, :]
+        angles = torch.cat([axis.expand(*grid, -1) for axis in axis_angles], dim=-1).flatten(0, 2)
+        return torch.polar(torch.ones_like(angles), angles).to(device=device, dtype=torch.complex64)
 
 
 def _angles(positions: Sequence[int], width: int, theta: float) -> Tensor:

@@ -242,7 +242,7 @@ class Wan(Transformer):
         step = _Step(
             context=context,
             rotation=rotation(context.positions, rows, columns, config.axes, latents.device),
-            camera=prope.projection(frames.cameras(conditions)) if by_camera else None,
+            camera=frames.cameras(conditions).projection if by_camera else None,
         )
         steering = self.conditions.steer(conditions, frames)
         x = steering.onto_tokens(self._embed_patches(latents))
