@@ -5,6 +5,7 @@ The lists in fixtures/ are of the official names. Diffusers' classes, an indepen
 
 import re
 import runpy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,14 @@ def test_a_preset_has_exactly_the_tensors_of_its_checkpoint(name: str) -> None:
         model = new_model(preset(name).architecture)
     _, ours = read_published(InMemory(stand_ins(published(name))), where=name)
     assert shapes_of(model.state_dict()) == shapes_of(ours.shapes)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_is_described_without_its_memory_in_less_than_two_seconds(name: str) -> None:
+    started = time.process_time()
+    with torch.device("meta"):
+        new_model(preset(name).architecture)
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

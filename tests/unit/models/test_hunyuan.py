@@ -97,8 +97,8 @@ def test_each_frame_is_modulated_by_its_own_timestep(model: Hunyuan, new_text: N
         bidirectional = False
 
         @property
-        def positions(self) -> list[int]:
-            return [0] * self.frames
+        def positions(self) -> tuple[int, ...]:
+            return (0,) * self.frames
 
         def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Any = None) -> Tensor:
             frames = zip(*(x.chunk(self.frames, 1) for x in (q, k, v)), strict=True)

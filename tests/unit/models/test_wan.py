@@ -30,8 +30,8 @@ def test_frames_with_one_timestep_each_agree_with_a_timestep_for_the_clip(new_ba
         """Frames that see only themselves, all at position 0."""
 
         @property
-        def positions(self) -> list[int]:
-            return [0] * self.frames
+        def positions(self) -> tuple[int, ...]:
+            return (0,) * self.frames
 
         def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
             frames = zip(*(x.chunk(self.frames, 1) for x in (q, k, v)), strict=True)

@@ -240,6 +240,14 @@ class DoubleBlock(nn.Module):
         return F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
 
 
+class TypeEmbedding(nn.Module):
+    """What tells the prompt's parts apart: a vector each for text, glyphs and image."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, dim))
+
+
 class FinalLayer(nn.Module):
     """Tokens to velocity."""
 
@@ -293,7 +301,7 @@ class Hunyuan(Transformer):
         )
         self.byt5_in = GlyphProjection(config.glyph_dim, config.glyph_hidden, dim)
         self.vision_in = VisionProjection(config.vision_dim, dim)
-        self.cond_type_embedding = nn.Embedding(3, dim)
+        self.cond_type_embedding = TypeEmbedding(dim)
         self.time_in = TimestepEmbedder(dim, config.frequencies)
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.layers))
         self.final_layer = FinalLayer(config)
@@ -391,10 +399,11 @@ class Hunyuan(Transformer):
 
     def _embed_text(self, text: HunyuanText, timestep: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens (b, l, dim) of image, glyphs and text, and which of them are real; None where all are."""
+        language, glyphs, vision = self.cond_type_embedding.weight
         parts = (
-            self.vision_in(text.vision.states) + self.cond_type_embedding.weight[2],
-            self.byt5_in(text.glyphs.states) + self.cond_type_embedding.weight[1],
-            self.txt_in(text.language, timestep) + self.cond_type_embedding.weight[0],
+            self.vision_in(text.vision.states) + vision,
+            self.byt5_in(text.glyphs.states) + glyphs,
+            self.txt_in(text.language, timestep) + language,
         )
         mask = torch.cat([text.vision.mask, text.glyphs.mask, text.language.mask], dim=1)
         return torch.cat(parts, dim=1), None if mask.all() else mask
