@@ -193,6 +193,15 @@ def test_a_prompt_may_change_between_chunks(new_stream: Callable[..., Stream], n
     assert torch.equal(once_more, same)
 
 
+@pytest.mark.parametrize(("start", "frames"), [(4, 2), (-2, 2), (0, 6)])
+def test_frames_after_a_gap_or_beyond_the_window_are_refused(start: int, frames: int) -> None:
+    geometry = CacheGeometry(layers=1, heads=1, head_dim=2, tokens_per_frame=1, history=History(chunk=2, window=4))
+    cache = KVCache(geometry, 1, torch.float32)
+    cache.update(0, 0, 2, torch.randn(2, 1, 1, 2, 2))
+    with pytest.raises(InputError, match=rf"frames {start} to .*: expected at most 4 frames from 2 or earlier"):
+        cache.context(start, frames)
+
+
 def test_a_prompt_longer_than_the_cache_has_room_for_is_refused() -> None:
     history = History(chunk=1, window=1)
     geometry = CacheGeometry(layers=1, heads=1, head_dim=2, tokens_per_frame=1, history=history, beside=3)

@@ -224,13 +224,34 @@ def test_cameras_of_another_count_are_named(
         forward(backbone, new_conditions(2, 5), text, bidirectional=True)
 
 
-def test_a_first_image_of_other_channels_is_named(
-    new_backbone: NewBackbone, new_conditions: NewConditions, new_text: NewText
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2, 9, 4, 6), (2, 4, 1, 1), (1, 4, 4, 6)], ids=str)
+def test_a_first_image_of_another_shape_is_named(
+    new_backbone: NewBackbone, new_conditions: NewConditions, new_text: NewText, kind: str, shape: tuple[int, ...]
 ) -> None:
-    backbone = new_backbone(conditions=("first_image",))
-    conditions = replace(new_conditions(2, 4), image=first_image(torch.randn(2, 9, 4, 6)))
-    with pytest.raises(InputError, match=r"image: has shape \(2, 10, 4, 6\), expected \(2, 5, y, x\)"):
+    backbone = new_backbone(kind=kind, conditions=("first_image",) if kind == "wan" else ())
+    conditions = replace(new_conditions(2, 4), image=first_image(torch.randn(shape)))
+    with pytest.raises(InputError, match=r"image: has shape .*, expected \(2, 5, 4, 6\)"):
         forward(backbone, conditions, new_text(backbone.config.architecture, 2))
+
+
+@pytest.mark.parametrize("label", [-1, 81])
+def test_actions_that_are_none_are_named(label: int) -> None:
+    with pytest.raises(InputError, match=r"actions: reach from .* to .*, expected labels of 0 to 80"):
+        Conditions(actions=torch.tensor([[3, label]]))
+
+
+@pytest.mark.parametrize(("kind", "name"), EACH)
+def test_conditions_are_read_in_float32_under_autocast(
+    new_backbone: NewBackbone, new_conditions: NewConditions, new_text: NewText, kind: str, name: ConditionName
+) -> None:
+    """As in training: products in bf16, cameras not."""
+    backbone, conditions = new_backbone(kind=kind, conditions=(name,)), new_conditions(2, 4)
+    text = new_text(backbone.config.architecture, 2)
+    exact = forward(backbone, conditions, text)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = forward(backbone, replace(conditions, cameras=new_conditions(2, 4).cameras), text)
+    torch.testing.assert_close(mixed.float(), exact, rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("names", [("camera_prop",), ("camera_prope", "camera_prope")])

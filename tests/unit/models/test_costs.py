@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone, new_model
-from minwm.models.cache import KVCache
+from minwm.models.cache import Cached, KVCache
 from minwm.models.conditions import Conditions
 from minwm.models.context import Context, Full, History, teacher_forcing
 from minwm.models.costs import (
@@ -72,7 +72,7 @@ def contexts(config: WanConfig | HunyuanConfig, history: History) -> dict[str, t
     start = history.chunk * (history.sink + history.window)
     cache = KVCache(geometry, 1, torch.float32)
     return {
-        "cached": (cache.context(start, history.chunk), Pass.cached(history, tokens)),
+        "cached": (Cached(cache, start, history.chunk), Pass.cached(history, tokens)),
         "teacher-forced": (teacher_forcing(4, History(chunk=2, window=4)), Pass.teacher_forced(4, tokens)),
         "bidirectional": (Full(3), Pass.full(3, tokens)),
     }

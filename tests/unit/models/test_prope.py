@@ -52,6 +52,21 @@ def test_transform_maps_every_group_of_four_channels_by_its_frame_s_matrix() -> 
                     torch.testing.assert_close(got[b, token, head, group], expected)
 
 
+@given(seed=st.integers(0, 100))
+def test_projections_and_motions_are_float32_under_autocast_and_fit_for_training_whoever_asks_first(seed: int) -> None:
+    viewmats, intrinsics = rigid(seed, 3).float()[None], torch.rand(1, 4) + 0.3
+    viewmats[..., :3, 3] *= 300
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        cameras = Cameras.track(viewmats, intrinsics)
+        p = cameras.projection
+    exact = Cameras.track(viewmats.double(), intrinsics.double())
+    torch.testing.assert_close(p.matrix @ p.inverse, torch.eye(4).expand(1, 3, 4, 4), rtol=0, atol=1e-3)
+    torch.testing.assert_close(cameras.motions.double(), exact.motions, rtol=1e-5, atol=1e-2)
+    weight = torch.ones((), requires_grad=True)
+    (p.matrix * weight).sum().backward()
+    assert weight.grad is not None
+
+
 def test_transform_computes_in_float32_even_under_autocast() -> None:
     torch.manual_seed(0)
     x, matrix = torch.randn(1, 2, 1, 4), 100 + torch.randn(1, 1, 4, 4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minwm.errors import InputError
 from minwm.models.backbones import Backbone
 from minwm.models.conditions import Conditions
 from minwm.models.context import History, teacher_forcing
@@ -74,6 +75,20 @@ def test_denoising_before_the_commit_leaves_the_past_as_it_was(
     first = again()
     rollout.denoise(-last, prompt, conditions.frames(0, 2), LEVELS, lambda i: last)
     assert torch.equal(again(), first)
+
+
+def test_a_pass_is_one_chunk_of_every_stream(
+    new_backbone: NewBackbone, new_conditions: NewConditions, noise: Tensor
+) -> None:
+    model, conditions = new_backbone(HISTORY).model, new_conditions(2, FRAMES)
+    prompt = model.prompt(torch.randint(1, 257, (2, 12)))
+    rollout = ChunkRollout(model, HISTORY, (4, 4, 6), batch=2)
+    for frames in (1, 4):
+        with pytest.raises(InputError, match=f"frames={frames}: expected one chunk, 2 latent frames"):
+            rollout.commit(noise[0][:, :frames], prompt, conditions.frames(0, frames))
+    one = conditions.streams(slice(0, 1)).frames(0, 2)
+    with pytest.raises(InputError, match=r"keys and values have shape .*, expected .* as the cache"):
+        rollout.commit(noise[0][:1, :2], model.prompt(torch.randint(1, 257, (1, 12))), one)
 
 
 def test_gradient_flows_through_the_exit_step_alone(

@@ -9,6 +9,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from minwm.errors import CheckpointError
@@ -144,7 +146,10 @@ def test_damaged_files_are_refused(tmp_path: Path, keep: int) -> None:
     ("content", "complaint"),
     [
         ([torch.ones(1)], "holds a list, expected tensors by name"),
-        ({"w": torch.ones(1), "step": 3}, "'step' is a int, expected a tensor"),
+        (
+            {"w": torch.ones(1), "step": 3},
+            "'step' is a int, expected tensors by name, or one of generator_ema, generator",
+        ),
         ({}, "holds no tensors"),
     ],
 )
@@ -230,3 +235,13 @@ def test_what_is_neither_path_nor_repository_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError):
         resolve(source)
+
+
+@given(share=st.floats(0.01, 0.99))
+def test_a_torch_file_that_broke_off_is_refused(tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
+    path = tmp_path_factory.mktemp("broken") / "model.pt"
+    torch.save({"generator": {"a": torch.randn(64, 64)}}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(CheckpointError, match=r"model\.pt: "):
+        Files([path])

@@ -10,7 +10,7 @@ import yaml
 
 from minwm.data.clips import KIND, Clip
 from minwm.data.shards import ShardWriter, read_manifest
-from minwm.errors import CheckpointError, ConfigError, DataError
+from minwm.errors import CheckpointError, ConfigError, DataError, InputError
 from minwm.models.backbones import Backbone, load_backbone, save_backbone
 from minwm.training.recipe import load_recipe, run_recipe
 
@@ -82,7 +82,10 @@ def test_a_recipe_chooses_what_steers_the_model(tmp_path: Path, values: dict[str
         ("backbone=nowhere", CheckpointError, "nowhere: not a model folder"),
         ("data=nowhere", DataError, "nowhere: not a dataset"),
         ("method.window.frame=4", ConfigError, "method.window.frame: unknown key, did you mean 'frames'?"),
-        ("method.window.frames=99", DataError, "has 5 latent frames, windows need 99"),
+        ("method.window.frames=98", DataError, "has 5 latent frames, windows need 98"),
+        ("method.window.frames=3", InputError, "frames=3: expected a multiple of the chunk, 2 latent frames"),
+        ("method.window.frames=0", ConfigError, "window: frames=0, .*: expected at least one frame"),
+        ("method.window.prompt_dropout=7", ConfigError, "prompt_dropout=7.0, .* shares of 0 to 1"),
         ("run.stepz=4", ConfigError, "run.stepz: unknown key, did you mean 'steps'?"),
         ("optimizers.critic.learning_rate=1", ConfigError, r"optimizers: expected exactly \['generator'\]"),
     ],

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minwm.config import build
 from minwm.errors import ConfigError
-from minwm.models.checkpoints import CONFIG, load_weights, read_config, save_model
-from minwm.models.conditions import ConditionName
+from minwm.models.checkpoints import CONFIG, load_tensors, load_weights, read_config, save_model
+from minwm.models.conditions import BranchSizes, ConditionBranches, ConditionName
 from minwm.models.hunyuan import Hunyuan, HunyuanConfig
+from minwm.models.layers import dtype_of
 from minwm.models.presets import WorldConfig, preset
+from minwm.models.sources import InMemory
 from minwm.models.text import byte_tokens
 from minwm.models.transformer import Transformer
 from minwm.models.wan import Wan, WanConfig
@@ -77,10 +80,31 @@ def with_conditions(backbone: Backbone, names: Sequence[ConditionName], seed: in
     behind zeros.
     """
     config = replace(backbone.config, architecture=replace(backbone.config.architecture, conditions=tuple(names)))
+    old, dtype = backbone.model.state_dict(), dtype_of(backbone.model)
+    with torch.device("meta"):
+        model = new_model(config.architecture).to(dtype)
+    wanted = model.state_dict()
+    fresh = new_branches(config.architecture, [name for name in wanted if name not in old], seed, dtype)
+    load_tensors(
+        model, InMemory({name: old[name] if name in old else fresh[name] for name in wanted}), where=config.preset
+    )
+    return Backbone(model, config, backbone.encoder)
+
+
+def new_branches(
+    architecture: WanConfig | HunyuanConfig, names: Sequence[str], seed: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """First values of condition branches, by key: as their modules begin, and zeros beside self-attention (PRoPE)."""
+    sizes = BranchSizes(
+        dim=architecture.dim,
+        heads=architecture.heads,
+        layers=architecture.layers,
+        channels=architecture.channels,
+        patch=architecture.patch,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = new_model(config.architecture)
-    weights = backbone.model.state_dict()
-    fresh = model.state_dict()
-    model.load_state_dict({name: weights.get(name, value) for name, value in fresh.items()})
-    return Backbone(model.to(next(backbone.model.parameters()).dtype), config, backbone.encoder)
+        branches = ConditionBranches(architecture.conditions, sizes).state_dict(prefix="conditions.")
+    with torch.device("meta"):
+        shapes = new_model(architecture).state_dict()
+    return {name: branches.get(name, torch.zeros(shapes[name].shape)).to(dtype) for name in names}

@@ -54,25 +54,39 @@ class KVCache:
         shape = (geometry.layers, 2, batch, geometry.heads, geometry.tokens, geometry.head_dim)
         self._store = torch.zeros(shape, dtype=dtype, device=device)
         self._beside: list[Beside | None] = [None] * geometry.layers
+        self._end = 0
 
     def context(self, start: int, frames: int) -> "Cached":
         """The context of a pass over frames [start, start + frames), which it writes into the cache.
 
-        The frames must follow, or repeat, the last ones written: passes go forward chunk by chunk.
+        Passes go forward chunk by chunk: raises InputError for frames that leave a gap after the last ones written,
+        or do not fit into the window.
         """
+        if not 0 <= start <= self._end or frames > self.geometry.history.window:
+            raise InputError(
+                f"frames {start} to {start + frames - 1}: expected at most {self.geometry.history.window} frames "
+                f"from {self._end} or earlier"
+            )
         return Cached(self, start, frames)
 
-    def update(self, layer: int, start: int, frames: int, kv: Tensor, beside: Beside | None = None) -> Tensor:
+    def update(
+        self, layer: int, start: int, frames: int, kv: Tensor, beside: Beside | None = None, *, gradient: bool = False
+    ) -> Tensor:
         """Write keys and values (2, b, h, n, d) of frames [start, start + frames); all that they may see.
 
         What is beside the frames comes first, and is written only when it is not what was there. Where a gradient has
-        to flow through the new entries, the stored ones are copied, not changed.
+        to flow through the new entries, or `gradient` says that one flows past them, the stored ones are copied, not
+        changed. Raises InputError for keys of another shape than the cache's.
         """
-        stored = self._store[layer]
-        grad = torch.is_grad_enabled() and (kv.requires_grad or (beside is not None and beside.keys.requires_grad))
+        stored, n, room = self._store[layer], self.geometry.tokens_per_frame, self.geometry.beside
+        expected = (*stored.shape[:3], frames * n, stored.shape[-1])
+        if kv.shape != expected:
+            raise InputError(f"keys and values have shape {tuple(kv.shape)}, expected {expected} as the cache")
+        beside_grad = beside is not None and beside.keys.requires_grad
+        grad = torch.is_grad_enabled() and (gradient or kv.requires_grad or beside_grad)
         if grad:
             stored = stored.clone()
-        n, room = self.geometry.tokens_per_frame, self.geometry.beside
+        self._end = max(self._end, start + frames)
         kv = kv.to(stored.dtype)
         for first, count, slot in self._runs(start, frames):
             stored[..., room + slot * n : room + (slot + count) * n, :] = kv[..., first * n : (first + count) * n, :]
@@ -81,7 +95,8 @@ class KVCache:
             length = beside.keys.shape[1]
             if grad or beside is not self._beside[layer]:
                 stored[..., room - length : room, :] = self._laid_out(beside)
-                self._beside[layer] = self._beside[layer] if grad else beside
+                if not grad:
+                    self._beside[layer] = beside
         used = min(start + frames, self.geometry.frames)
         return stored[..., room - length : room + used * n, :]
 
@@ -125,7 +140,7 @@ class Cached:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
         kv = torch.stack([k, v]).transpose(2, 3)
-        seen = self.cache.update(layer, self.start, self.frames, kv, beside).to(q.dtype)
+        seen = self.cache.update(layer, self.start, self.frames, kv, beside, gradient=q.requires_grad).to(q.dtype)
         keys, values = seen.transpose(2, 3).unbind(0)
         mask = None if beside is None else beside.key_mask(keys.shape[1] - beside.keys.shape[1])
         return attention(q, keys, values, mask)

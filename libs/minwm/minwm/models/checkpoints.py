@@ -196,6 +196,11 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], missing
         for name in expected.keys() & found.keys()
         if found[name].shape != expected[name].shape
     ]
+    problems += [
+        f"{name} holds {found[name].dtype}, expected floating point"
+        for name in expected.keys() & found.keys()
+        if expected[name].is_floating_point() and not found[name].is_floating_point()
+    ]
     return sorted(problems)
 
 

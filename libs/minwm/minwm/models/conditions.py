@@ -43,6 +43,13 @@ class Conditions:
     actions: Tensor | None = None
     image: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        labels = self.actions  # on a GPU they were checked before they went there; looking would wait for it
+        if labels is not None and labels.device.type == "cpu" and labels.numel():
+            low, high = (int(bound) for bound in labels.aminmax())
+            if low < 0 or high >= CLASSES:
+                raise InputError(f"actions: reach from {low} to {high}, expected labels of 0 to {CLASSES - 1}")
+
     def repeat_frames(self, times: int) -> "Conditions":
         """The same signals `times` over, one run of frames after the other."""
         cameras = None if self.cameras is None else self.cameras.repeat_frames(times)
@@ -99,13 +106,14 @@ class Frames:
         self._require_shape("actions", conditions.actions)
         return conditions.actions
 
-    def image(self, conditions: Conditions, channels: int) -> Tensor | None:
+    def image(self, conditions: Conditions, channels: int, patch: tuple[int, int]) -> Tensor | None:
         """`Conditions.image` where one of the frames is the stream's first. Raises InputError for a wrong shape."""
         image = conditions.image
         if image is None or 0 not in self.positions:
             return None
-        if image.ndim != 4 or image.shape[:2] != (self.batch, channels + 1):
-            raise InputError(f"image: has shape {tuple(image.shape)}, expected ({self.batch}, {channels + 1}, y, x)")
+        expected = (self.batch, channels + 1, self.rows * patch[0], self.columns * patch[1])
+        if image.shape != expected:
+            raise InputError(f"image: has shape {tuple(image.shape)}, expected {expected}")
         return image
 
     def _require_shape(self, name: str, signal: Tensor) -> None:
@@ -153,7 +161,7 @@ class _FirstImage(nn.Module):
         self.input = _zero(nn.Linear((sizes.channels + 1) * sizes.patch[0] * sizes.patch[1], sizes.dim, bias=False))
 
     def tokens(self, conditions: Conditions, frames: Frames) -> Tensor | None:
-        image = frames.image(conditions, self.channels)
+        image = frames.image(conditions, self.channels, self.patch)
         if image is None:
             return None
         added = self.input(patchify(image[:, None], self.patch).to(dtype_of(self.input)))
@@ -301,6 +309,11 @@ def plucker_rays(cameras: Cameras, rows: int, columns: int) -> Tensor:
 
     In the coordinates of the frame before, from its motion: origin o, direction R·((u − cx)/fx, (v − cy)/fy, 1).
     """
+    with torch.autocast(cameras.intrinsics.device.type, enabled=False):
+        return _rays(cameras, rows, columns)
+
+
+def _rays(cameras: Cameras, rows: int, columns: int) -> Tensor:
     fx, fy, cx, cy = cameras.intrinsics[:, :, None, None].unbind(1)
     device = cameras.intrinsics.device
     v, u = torch.meshgrid(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minwm.config import build
 from minwm.errors import CheckpointError
-from minwm.models.backbones import KIND, new_model
+from minwm.models.backbones import KIND, new_branches, new_model
 from minwm.models.checkpoints import (
     CONFIG,
     SHARD_BYTES,
@@ -29,7 +29,6 @@ from minwm.models.checkpoints import (
     read_weights,
     write_folder,
 )
-from minwm.models.conditions import BranchSizes, ConditionBranches
 from minwm.models.hunyuan import HunyuanConfig
 from minwm.models.presets import WorldConfig, preset, preset_names
 from minwm.models.published import absent_branches, as_diffusers, diffusers_config, read_published
@@ -105,7 +104,7 @@ def convert(
         addable = not add_conditions and len(problems) == len(absent)
         hint = "; branches that a base model lacks are added with --add-conditions" if addable else ""
         raise CheckpointError(f"{source}: does not fit {name}: {'; '.join(problems)}{hint}")
-    added = _new_branches(config.architecture, absent, next(iter(ours.shapes.values())).dtype)
+    added = new_branches(config.architecture, absent, BRANCH_SEED, next(iter(ours.shapes.values())).dtype)
     about = {"source": source, "format": found.title, "files": _listed(paths), "added": drawn_together(absent)}
     content = {"kind": KIND, "config": asdict(config), "about": about}
     write_folder(out, Joined(ours, InMemory(added)), content, dtype=dtype, shard_bytes=shard_bytes)
@@ -143,7 +142,7 @@ def _require_empty(out: Path) -> None:
         raise CheckpointError(f"{out}: exists and is not empty, expected a new folder")
 
 
-_FREE = ("_class_name", "target_size", "task_type", "rope_max_seq_len", "eps")  # no say in what the weights compute
+_FREE = ("_class_name", "target_size", "task_type", "rope_max_seq_len")  # no say in what the weights compute
 
 
 def _require_same_numbers(folder: Path, config: WorldConfig) -> None:
@@ -164,26 +163,6 @@ def _require_same_numbers(folder: Path, config: WorldConfig) -> None:
 def _shapes(architecture: WanConfig | HunyuanConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         return new_model(architecture).state_dict()
-
-
-def _new_branches(
-    architecture: WanConfig | HunyuanConfig, names: Sequence[str], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """First values of condition branches: as their modules begin, and zeros beside self-attention (PRoPE)."""
-    if not names:
-        return {}
-    sizes = BranchSizes(
-        dim=architecture.dim,
-        heads=architecture.heads,
-        layers=architecture.layers,
-        channels=architecture.channels,
-        patch=architecture.patch,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(BRANCH_SEED)
-        branches = ConditionBranches(architecture.conditions, sizes).state_dict(prefix="conditions.")
-    shapes = _shapes(architecture)
-    return {name: branches.get(name, torch.zeros(shapes[name].shape)).to(dtype) for name in names}
 
 
 def _listed(paths: Sequence[Path]) -> list[dict[str, Any]]:

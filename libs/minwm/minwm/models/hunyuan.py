@@ -36,7 +36,7 @@ from minwm.models.hunyuan_text import (
 )
 from minwm.models.layers import RMSNorm, dtype_of
 from minwm.models.rope import Axes, rotate, rotation
-from minwm.models.transformer import Transformer
+from minwm.models.transformer import Transformer, require_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,7 +357,7 @@ class Hunyuan(Transformer):
             past_by_position=config.prope_history == "compat",
         )
         steering = self.conditions.steer(conditions, frames)
-        image = frames.image(conditions, config.channels)
+        image = frames.image(conditions, config.channels, config.patch)
         x = steering.onto_tokens(self.img_in(latents, image, context.positions))
         vector = steering.onto_time(self.time_in(timesteps))
         run = self._run_joint if context.bidirectional else self._run_causal
@@ -369,6 +369,7 @@ class Hunyuan(Transformer):
     ) -> Tensor:
         if prompt.layers is None:
             raise InputError("prompt: was made for bidirectional passes, expected one for causal passes")
+        require_batch(len(prompt.layers[0].keys), len(x))
         for layer, (block, beside) in enumerate(zip(self.double_blocks, prompt.layers, strict=True)):
             x = steering.after_block(layer, block(x, vector, beside, layer, step))
         return x
@@ -378,6 +379,7 @@ class Hunyuan(Transformer):
     ) -> Tensor:
         if prompt.text is None:
             raise InputError("prompt: was made for causal passes, expected one for bidirectional passes")
+        require_batch(len(prompt.text.language.states), len(x))
         # where frames differ in noise (some are given clean), the noisiest is the pass's timestep
         timestep = timesteps.amax(1) * (self.config.text_timestep == "frames")
         text, mask = self._embed_text(prompt.text, timestep)

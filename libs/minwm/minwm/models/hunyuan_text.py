@@ -98,8 +98,8 @@ class TokenRefiner(nn.Module):
 
     def forward(self, text: Embedded, timestep: Tensor) -> Tensor:
         """States (b, l, width) at timesteps (b,) to (b, l, dim); what is masked is not looked at."""
-        real = text.mask[..., None].to(text.states.dtype)
-        c = self.t_embedder(timestep) + self.c_embedder((text.states * real).sum(1) / real.sum(1))
+        mean = text.zeroed().sum(1) / text.mask.sum(1, keepdim=True)
+        c = self.t_embedder(timestep) + self.c_embedder(mean)
         x = self.input_embedder(text.states)
         for block in self.individual_token_refiner.blocks:
             x = block(x, c, text.mask)
@@ -135,11 +135,8 @@ class VisionProjection(nn.Module):
 
 def checked(name: str, part: Embedded, *, width: int, limit: int, dtype: torch.dtype) -> Embedded:
     """One part of a prompt without the columns that no stream uses. Raises InputError for one that does not fit."""
-    if part.states.shape[-1] != width or part.states.shape[:2] != part.mask.shape:
-        raise InputError(
-            f"prompt.{name}: has states {tuple(part.states.shape)} and mask {tuple(part.mask.shape)}, "
-            f"expected (b, l, {width}) and (b, l)"
-        )
+    if part.states.shape[-1] != width:
+        raise InputError(f"prompt.{name}: has states {tuple(part.states.shape)}, expected (b, l, {width})")
+    require_length(f"prompt.{name}", int(part.mask.sum(1).max()), limit)
     used = part.mask.any(0)
-    require_length(f"prompt.{name}", int(used.sum()), limit)
-    return Embedded(part.states[:, used].to(dtype), part.mask[:, used])
+    return Embedded(part.zeroed()[:, used].to(dtype), part.mask[:, used])

@@ -1,5 +1,6 @@
 """The commands `minwm models …`: which backbones there are, and what each takes to run."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
@@ -75,7 +76,7 @@ def describe(
     from minwm.models.costs import latent_size, picture_size
     from minwm.models.presets import preset
 
-    if tflops is not None and tflops <= 0:
+    if tflops is not None and not 0 < tflops < math.inf:
         raise ConfigError(f"--tflops={tflops:g}: expected a positive number")
     config = preset(name)
     if window is not None:

@@ -46,15 +46,18 @@ class Cameras:
         """
         _require_cameras(viewmats, intrinsics)
         first = viewmats[:, :1] if before is None else before[:, None].to(viewmats)
-        return cls(viewmats, intrinsics, torch.cat([first, viewmats[:, :-1]], dim=1) @ invert(viewmats))
+        if first.shape != viewmats[:, :1].shape or not first.isfinite().all():
+            raise InputError(f"before: expected a finite viewmat (4, 4) for each of the {len(viewmats)} streams")
+        return cls(viewmats, intrinsics, _product(torch.cat([first, viewmats[:, :-1]], dim=1), invert(viewmats)))
 
     @cached_property
     def projection(self) -> Projection:
-        """P and P⁻¹ of every frame, computed once; the inverse is analytic (viewmats are rigid)."""
-        viewmats = self.viewmats.float()
-        focal = self.intrinsics[:, None, :2].float().expand(-1, viewmats.shape[1], -1)
-        scale = torch.cat([focal, torch.ones_like(focal)], dim=-1)
-        return Projection(scale[..., :, None] * viewmats, invert(viewmats) / scale[..., None, :])
+        """P and P⁻¹ of every frame, computed once, without gradient; the inverse is analytic (viewmats are rigid)."""
+        with torch.inference_mode(False):  # whoever asks first, training may use it
+            viewmats, intrinsics = self.viewmats.detach().float(), self.intrinsics.detach().float()
+            focal = intrinsics[:, None, :2].expand(-1, viewmats.shape[1], -1)
+            scale = torch.cat([focal, torch.ones_like(focal)], dim=-1)
+            return Projection(scale[..., :, None] * viewmats, invert(viewmats) / scale[..., None, :])
 
     def repeat_frames(self, times: int) -> "Cameras":
         """The same cameras `times` over, one run after the other."""
@@ -94,8 +97,14 @@ def invert(rigid: Tensor) -> Tensor:
     back = rigid[..., :3, :3].transpose(-1, -2)
     inverse = rigid.clone()
     inverse[..., :3, :3] = back
-    inverse[..., :3, 3:] = -back @ rigid[..., :3, 3:]
+    inverse[..., :3, 3:] = -_product(back, rigid[..., :3, 3:])
     return inverse
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product in the tensors' own precision, also under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def transform(x: Tensor, matrix: Tensor) -> Tensor:

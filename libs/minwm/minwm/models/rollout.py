@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minwm.diffusion import samplers
 from minwm.diffusion.flow import TIMESTEPS
+from minwm.errors import InputError
 from minwm.models.cache import KVCache
 from minwm.models.conditions import Conditions
 from minwm.models.context import History
@@ -59,7 +60,8 @@ class ChunkRollout:
         self.frames += latents.shape[1]
 
     def _forward(self, x: Tensor, level: float, prompt: Prompt, conditions: Conditions) -> Tensor:
-        self._history.require_chunks(x.shape[1])
+        if x.shape[1] != self._history.chunk:
+            raise InputError(f"frames={x.shape[1]}: expected one chunk, {self._history.chunk} latent frames")
         timesteps = torch.full(x.shape[:2], level * TIMESTEPS, dtype=torch.float32, device=x.device)
         context = self._cache.context(self.frames, x.shape[1])
         return self._model(x, timesteps, prompt, context, conditions)  # type: ignore[no-any-return]

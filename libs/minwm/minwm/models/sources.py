@@ -112,9 +112,9 @@ def _unpickled(path: Path) -> Mapping[str, Tensor]:
     """The state dict in a file that torch saved, mapped; of a training checkpoint the (averaged) generator's."""
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: refused, it is damaged or holds more than weights ({_line(error)})") from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError as error:  # torch's own text tells how to load it all the same
+        raise CheckpointError(f"{path}: refused, it is damaged or holds more than weights") from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: damaged, or not saved by torch 1.6 or later ({_line(error)})") from error
     inside = next((name for name in _INSIDE if isinstance(content, dict) and name in content), None)
     state = content if inside is None else content[inside]
@@ -122,7 +122,10 @@ def _unpickled(path: Path) -> Mapping[str, Tensor]:
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, expected tensors by name")
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {name!r} is a {type(value).__name__}, expected a tensor")
+            raise CheckpointError(
+                f"{path}: {name!r} is a {type(value).__name__}, expected tensors by name, or one of "
+                f"{', '.join(_INSIDE)} with them"
+            )
     return state
 
 

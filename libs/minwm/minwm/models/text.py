@@ -18,6 +18,17 @@ class Embedded:
     states: Tensor
     mask: Tensor
 
+    def __post_init__(self) -> None:
+        if self.states.ndim != 3 or self.mask.shape != self.states.shape[:2] or self.mask.dtype != torch.bool:
+            raise InputError(
+                f"prompt: has states {tuple(self.states.shape)} and a mask {tuple(self.mask.shape)} of "
+                f"{self.mask.dtype}, expected (b, l, c), and (b, l) of torch.bool"
+            )
+
+    def zeroed(self) -> Tensor:
+        """The states with zeros where they are not real, whatever lies there."""
+        return self.states.masked_fill(~self.mask[..., None], 0)
+
 
 def byte_tokens(prompts: Sequence[str], length: int) -> Tensor:
     """(b, length) int64: each prompt's UTF-8 bytes, padded with 0. Raises InputError for one that is longer."""

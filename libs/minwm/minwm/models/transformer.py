@@ -91,6 +91,12 @@ class Transformer(nn.Module):
         return shape[3] // patch[0], shape[4] // patch[1]
 
 
+def require_batch(prompts: int, streams: int) -> None:
+    """Raise InputError unless there is a prompt for every stream."""
+    if prompts != streams:
+        raise InputError(f"prompt: is of {prompts} streams, expected {streams} as the latents")
+
+
 def require_length(name: str, length: int, limit: int) -> None:
     """Raise InputError for a prompt that is longer than the model takes."""
     if length > limit:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone, load_backbone
 from minwm.models.checkpoints import CONFIG, load_tensors, read_json
 from minwm.models.conditions import Conditions, first_image
@@ -45,9 +46,12 @@ def verify(source: str, config: WorldConfig, *, download: bool = False) -> Compa
     """Convert a checkpoint to a preset, in a temporary folder, and compare the two classes on it, in float32.
 
     A checkpoint in Diffusers' layout is given to Diffusers' class as it is, any other through our conversion. Both
-    models are in memory together. Raises CheckpointError for what can't be converted, or a preset with conditions,
-    which Diffusers' classes don't know.
+    models are in memory together. Raises CheckpointError for what can't be converted, ConfigError for a preset that
+    Diffusers has no class for.
     """
+    architecture = config.architecture
+    if architecture.conditions or (isinstance(architecture, WanConfig) and architecture.byte_text):
+        raise ConfigError(f"preset {config.preset}: Diffusers has no class for it, expected one without conditions")
     with TemporaryDirectory() as scratch:
         ours, theirs = Path(scratch) / "ours", Path(scratch) / "theirs"
         convert(source, config, ours, dtype=torch.float32, download=download)

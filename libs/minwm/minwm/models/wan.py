@@ -27,7 +27,7 @@ from minwm.models.context import Context, History, attention
 from minwm.models.layers import RMSNorm, patchify, sinusoid, unpatchify
 from minwm.models.rope import Axes, rotation
 from minwm.models.text import BYTE_VOCABULARY, Embedded
-from minwm.models.transformer import Transformer, require_length
+from minwm.models.transformer import Transformer, require_batch, require_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,7 @@ class Wan(Transformer):
             require_length("prompt", text.states.shape[1], config.text_length)
             if text.states.shape[-1] != config.text_dim:
                 raise InputError(f"prompt: has {text.states.shape[-1]} channels, expected {config.text_dim}")
-            states = (text.states * text.mask[..., None]).to(self._dtype)
+            states = text.zeroed().to(self._dtype)
         return F.pad(states, (0, 0, 0, config.text_length - states.shape[1]))
 
     def forward(
@@ -235,6 +235,9 @@ class Wan(Transformer):
         """Velocity (b, f, c, y, x) of latents (b, f, c, y, x) at timesteps (b, f) in [0, 1000]."""
         config, conditions = self.config, conditions or Conditions()
         rows, columns = self.grid(latents, timesteps, context)
+        if not isinstance(prompt, WanPrompt):
+            raise InputError(f"prompt: is {type(prompt).__name__}, expected what this model's `prompt` made")
+        require_batch(len(prompt.layers[0][0]), len(latents))
         frames = Frames(
             batch=len(latents), positions=context.positions, rows=rows, columns=columns, device=latents.device
         )

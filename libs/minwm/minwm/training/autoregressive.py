@@ -33,6 +33,7 @@ class Autoregressive:
     """Regress the velocity of every chunk given clean history."""
 
     def __init__(self, config: AutoregressiveConfig, backbone: Backbone) -> None:
+        backbone.config.history.require_chunks(config.window.frames)
         self._config, self._backbone = config, backbone
         self.networks: Mapping[str, nn.Module] = {"generator": backbone.model}
         self.frozen: Mapping[str, nn.Module] = {}
@@ -62,9 +63,8 @@ class Autoregressive:
 
 
 def chunk_levels(draw: Draw, frames: int, chunk: int, shift: float) -> Tensor:
-    """A noise level per chunk, (b, frames)."""
-    chunks = -(-frames // chunk)
-    return flow.warp(draw.uniform("level", (chunks,)), shift).repeat_interleave(chunk, 1)[:, :frames]
+    """A noise level per chunk, (b, frames), for a whole number of chunks."""
+    return flow.warp(draw.uniform("level", (frames // chunk,)), shift).repeat_interleave(chunk, 1)
 
 
 def denoise_given_clean(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minwm.data.clips import Clip
-from minwm.errors import DataError
+from minwm.errors import ConfigError, DataError
 from minwm.geometry.camera import invert, relative_viewmats
 from minwm.models.backbones import Encode
 from minwm.models.conditions import Conditions, first_image
@@ -25,6 +25,13 @@ class WindowConfig:
     frames: int = 8
     prompt_dropout: float = 0.1
     image_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or not (0 <= self.prompt_dropout <= 1 and 0 <= self.image_dropout <= 1):
+            raise ConfigError(
+                f"window: frames={self.frames}, prompt_dropout={self.prompt_dropout}, "
+                f"image_dropout={self.image_dropout}: expected at least one frame, and shares of 0 to 1"
+            )
 
 
 @dataclass(frozen=True)

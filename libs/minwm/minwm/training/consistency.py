@@ -42,6 +42,7 @@ class Consistency:
     """Make one call of the student land where the teacher's ODE ends."""
 
     def __init__(self, config: ConsistencyConfig, backbone: Backbone) -> None:
+        backbone.config.history.require_chunks(config.window.frames)
         self._config, self._backbone = config, backbone
         self._teacher = copy.deepcopy(backbone.model).requires_grad_(False)
         self._target = copy.deepcopy(backbone.model).requires_grad_(False)
