@@ -18,10 +18,8 @@ from minwm.models.autoencoder import (
     DecoderConfig,
     State,
     TinyDecoder,
-    load_decoder,
-    save_decoder,
 )
-from minwm.models.checkpoints import load_autoencoder, save_autoencoder
+from minwm.models.checkpoints import load_autoencoder, load_decoder, save_autoencoder, save_decoder
 from minwm.models.layout import LatentLayout, VideoAutoencoder
 
 pytestmark = pytest.mark.unit

@@ -18,7 +18,8 @@ from minwm.data.clips import KIND, Clip, frames_to_mp4
 from minwm.data.shards import ShardWriter, read_manifest
 from minwm.data.video import decode_video
 from minwm.errors import ConfigError, DataError
-from minwm.models.autoencoder import DecoderConfig, load_decoder
+from minwm.models.autoencoder import DecoderConfig
+from minwm.models.checkpoints import load_decoder
 from minwm.models.layout import LatentLayout
 from minwm.training.decoder import DecoderStage, DecoderStageConfig
 from minwm.training.draw import Draw

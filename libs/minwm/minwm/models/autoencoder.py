@@ -7,16 +7,13 @@ its latents' layout from its configuration. Frames are (b, t, 3, y, x) in [0, 1]
 normalised per channel to zero mean and unit deviation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minwm.config import build
 from minwm.errors import ConfigError, DataError
 from minwm.models.layout import FRAMES_PER_LATENT, LatentLayout
 
@@ -261,20 +258,3 @@ def _channels(statistics: Tensor, like: Tensor) -> Tensor:
 def _require_channels(latents: Tensor, layout: LatentLayout) -> None:
     if latents.shape[2] != layout.channels:
         raise DataError(f"latents have {latents.shape[2]} channels, expected {layout.channels}")
-
-
-def save_decoder(folder: Path, model: TinyDecoder, about: Mapping[str, Any] | None = None) -> None:
-    """Write the folder of a decoder by itself."""
-    from minwm.models.checkpoints import save_model  # which imports this module
-
-    save_model(folder, model, kind="decoder", config=model.config, about=about)
-
-
-def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> TinyDecoder:
-    """A decoder ready for inference, in the layout that is fast on matrix units."""
-    from minwm.models.checkpoints import CONFIG, load_weights, read_config  # which imports this module
-
-    content = read_config(folder, "decoder")
-    model = TinyDecoder(build(DecoderConfig, content["config"], f"{folder}/{CONFIG}"))
-    load_weights(model, folder)
-    return model.to(dtype=dtype, memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from minwm.config import build
 from minwm.errors import CheckpointError
-from minwm.models.autoencoder import Autoencoder, AutoencoderConfig
+from minwm.models.autoencoder import Autoencoder, AutoencoderConfig, DecoderConfig, TinyDecoder
 from minwm.models.sources import INDEX, Files, InMemory, Tensors, weight_files
 from minwm.models.sources import read_json as read_json  # whoever knows our folders reads their JSON
 
 STEM = "model"
 WEIGHTS, CONFIG = f"{STEM}.safetensors", "config.json"
 SHARD_BYTES = 5 * 10**9
+
+Convolutional = TypeVar("Convolutional", Autoencoder, TinyDecoder)
 
 
 def save_model(
@@ -212,6 +214,20 @@ def save_autoencoder(folder: Path, model: Autoencoder, about: Mapping[str, Any] 
 def load_autoencoder(folder: Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """An autoencoder ready for inference, in the layout that is fast on CPUs' matrix units."""
     content = read_config(folder, "autoencoder")
-    model = Autoencoder(build(AutoencoderConfig, content["config"], f"{folder}/{CONFIG}"))
+    return _ready(Autoencoder(build(AutoencoderConfig, content["config"], f"{folder}/{CONFIG}")), folder, dtype)
+
+
+def save_decoder(folder: Path, model: TinyDecoder, about: Mapping[str, Any] | None = None) -> None:
+    """Write the folder of a decoder by itself."""
+    save_model(folder, model, kind="decoder", config=model.config, about=about)
+
+
+def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> TinyDecoder:
+    """A decoder ready for inference, in the same layout."""
+    content = read_config(folder, "decoder")
+    return _ready(TinyDecoder(build(DecoderConfig, content["config"], f"{folder}/{CONFIG}")), folder, dtype)
+
+
+def _ready(model: Convolutional, folder: Path, dtype: torch.dtype) -> Convolutional:
     load_weights(model, folder)
     return model.to(dtype=dtype, memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]

@@ -31,6 +31,7 @@ from minwm.models.hunyuan_text import (
     HunyuanText,
     TimestepEmbedder,
     TokenRefiner,
+    TypeEmbedding,
     VisionProjection,
     checked,
 )
@@ -240,14 +241,6 @@ class DoubleBlock(nn.Module):
         return F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
 
 
-class TypeEmbedding(nn.Module):
-    """What tells the prompt's parts apart: a vector each for text, glyphs and image."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, dim))
-
-
 class FinalLayer(nn.Module):
     """Tokens to velocity."""
 
@@ -360,13 +353,13 @@ class Hunyuan(Transformer):
         image = frames.image(conditions, config.channels, config.patch)
         x = steering.onto_tokens(self.img_in(latents, image, context.positions))
         vector = steering.onto_time(self.time_in(timesteps))
-        run = self._run_joint if context.bidirectional else self._run_causal
-        x = run(x, vector, timesteps, prompt, step, steering)
+        if context.bidirectional:
+            x = self._run_joint(x, vector, timesteps, prompt, step, steering)
+        else:
+            x = self._run_causal(x, vector, prompt, step, steering)
         return self.final_layer(x, vector).mT.unflatten(-1, (rows, columns))  # type: ignore[no-any-return]
 
-    def _run_causal(
-        self, x: Tensor, vector: Tensor, timesteps: Tensor, prompt: HunyuanPrompt, step: _Step, steering: Steering
-    ) -> Tensor:
+    def _run_causal(self, x: Tensor, vector: Tensor, prompt: HunyuanPrompt, step: _Step, steering: Steering) -> Tensor:
         if prompt.layers is None:
             raise InputError("prompt: was made for bidirectional passes, expected one for causal passes")
         require_batch(len(prompt.layers[0].keys), len(x))

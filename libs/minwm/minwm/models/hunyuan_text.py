@@ -133,6 +133,14 @@ class VisionProjection(nn.Module):
         return self.proj(x)  # type: ignore[no-any-return]
 
 
+class TypeEmbedding(nn.Module):
+    """What tells the prompt's parts apart: a vector each for text, glyphs and image."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, dim))
+
+
 def checked(name: str, part: Embedded, *, width: int, limit: int, dtype: torch.dtype) -> Embedded:
     """One part of a prompt without the columns that no stream uses. Raises InputError for one that does not fit."""
     if part.states.shape[-1] != width:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from minwm.data.clips import Clip
 from minwm.data.video import decode_video
 from minwm.errors import ConfigError, DataError
-from minwm.models.autoencoder import DecoderConfig, TinyDecoder, save_decoder
+from minwm.models.autoencoder import DecoderConfig, TinyDecoder
+from minwm.models.checkpoints import save_decoder
 from minwm.models.layout import FRAMES_PER_LATENT, LatentLayout
 from minwm.training.autoencoder import reconstruction_loss
 from minwm.training.draw import Draw
