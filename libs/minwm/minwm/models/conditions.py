@@ -84,13 +84,12 @@ def first_image(latent: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Frames:
-    """The frames that a pass steers: batch, absolute indices, tokens' rows and columns, device."""
+    """The frames that a pass steers: batch, absolute indices, tokens' rows and columns."""
 
     batch: int
     positions: Sequence[int]
     rows: int
     columns: int
-    device: torch.device
 
     def cameras(self, conditions: Conditions) -> Cameras:
         """The cameras. Raises InputError when there are none, or of other frames."""

@@ -339,9 +339,7 @@ class Hunyuan(Transformer):
         """Velocity (b, f, c, y, x) of latents (b, f, c, y, x) at timesteps (b, f) in [0, 1000]."""
         config, conditions = self.config, conditions or Conditions()
         rows, columns = self.grid(latents, timesteps, context)
-        frames = Frames(
-            batch=len(latents), positions=context.positions, rows=rows, columns=columns, device=latents.device
-        )
+        frames = Frames(batch=len(latents), positions=context.positions, rows=rows, columns=columns)
         by_camera = "camera_prope" in config.conditions
         step = _Step(
             context=context,

@@ -238,9 +238,7 @@ class Wan(Transformer):
         if not isinstance(prompt, WanPrompt):
             raise InputError(f"prompt: is {type(prompt).__name__}, expected what this model's `prompt` made")
         require_batch(len(prompt.layers[0][0]), len(latents))
-        frames = Frames(
-            batch=len(latents), positions=context.positions, rows=rows, columns=columns, device=latents.device
-        )
+        frames = Frames(batch=len(latents), positions=context.positions, rows=rows, columns=columns)
         by_camera = "camera_prope" in config.conditions
         step = _Step(
             context=context,
