@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from minwm.data.episode import Episode
+from minwm.errors import ConfigError, DataError
 from minwm.models.autoencoder import AutoencoderConfig
 from minwm.models.checkpoints import load_autoencoder
 from minwm.training.autoencoder import AutoencoderStage, AutoencoderStageConfig
@@ -37,6 +39,39 @@ def test_a_window_is_a_piece_of_its_episode_mirrored_half_of_the_time(new_episod
                 if np.array_equal(pixels, truth):
                     found.add((start, mirrored))
     assert len(found) == 8, "every start, both ways"
+
+
+def test_a_sample_is_a_piece_of_the_picture_where_a_crop_is_asked_for(new_episodes: NewEpisodes) -> None:
+    episodes = new_episodes(60, 8)
+    stage = AutoencoderStage(replace(CONFIG, crop=(16, 40)), 0)
+    corners = set()
+    for episode, window in zip(episodes, stage.prepare(episodes, Draw(0, 0, range(60))), strict=True):
+        pixels = (window.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        places = ((y, x) for y in range(17) for x in range(9))
+        corners |= {
+            (y, x)
+            for y, x in places
+            for piece in [episode.frames[:8, y : y + 16, x : x + 40]]
+            if np.array_equal(pixels, piece) or np.array_equal(pixels, piece[:, :, ::-1])
+        }
+    assert len(corners) > 30
+    assert {y for y, _ in corners} >= {0, 16} and {x for _, x in corners} == set(range(9)), "up to every edge"
+
+
+def test_a_crop_must_fit_the_picture_and_the_latents(new_episodes: NewEpisodes) -> None:
+    with pytest.raises(ConfigError, match="crop="):
+        replace(CONFIG, crop=(12, 16))
+    with pytest.raises(DataError, match="crop=64x16: frames are only 32x48"):
+        AutoencoderStage(replace(CONFIG, crop=(64, 16)), 0).prepare(new_episodes(1, 8), Draw(0, 0, range(1)))
+
+
+def test_training_goes_on_from_a_saved_autoencoder(new_episodes: NewEpisodes, tmp_path: Path) -> None:
+    episodes = new_episodes(4, 12)
+    first = load_autoencoder(trained(tmp_path, episodes, 2))
+    stage = AutoencoderStage(AutoencoderStageConfig(start=tmp_path / "model"), 9)
+    assert stage.model.config == CONFIG.model
+    torch.testing.assert_close(stage.model.state_dict(), first.state_dict(), rtol=0, atol=0)
+    assert all(weight.requires_grad for weight in stage.model.parameters())
 
 
 def test_loss_is_the_picture_s_and_its_edges_absolute_error_and_the_latents_size(new_episodes: NewEpisodes) -> None:

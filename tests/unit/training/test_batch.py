@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minwm.data.clips import Clip
-from minwm.errors import DataError
+from minwm.errors import ConfigError, DataError
 from minwm.models.text import byte_tokens
 from minwm.training.batch import WindowConfig, cut_windows
 from minwm.training.draw import Draw
@@ -54,6 +54,34 @@ def test_every_frame_knows_its_action_and_motion_the_first_one_s_from_before_the
             before, now = clip.poses[max(start + frame - 1, 0)], clip.poses[start + frame]
             motion = conditions.cameras.motions[number, frame]
             np.testing.assert_allclose(motion, np.linalg.inv(before) @ now, atol=1e-4)
+
+
+def test_a_crop_shows_the_same_world_through_its_own_intrinsics(new_clips: NewClips) -> None:
+    """A point seen at a place of the whole picture is seen at the same place of the scene in the piece."""
+    clips, corners = new_clips(40, 4), set()
+    batch = cut_windows(clips, Draw(0, 0, range(40)), WindowConfig(frames=4, crop=(2, 3)), encode)
+    cameras = batch.conditions.cameras
+    assert cameras is not None and batch.conditions.image is not None
+    rows, columns = clips[0].latents.shape[-2:]
+    assert batch.latents.shape[-2:] == batch.conditions.image.shape[-2:] == (2, 3)
+    for clip, piece, (fx, fy, cx, cy) in zip(clips, batch.latents, cameras.intrinsics.tolist(), strict=True):
+        whole = torch.from_numpy(clip.latents).float()
+        places = ((y, x) for y in range(rows - 1) for x in range(columns - 2))
+        ((top, left),) = ((y, x) for y, x in places if torch.equal(whole[:, :, y : y + 2, x : x + 3], piece))
+        corners.add((top, left))
+        x, y, z = np.random.default_rng(left).uniform(0.5, 2.0, 3)
+        wfx, wfy, wcx, wcy = clip.intrinsics.tolist()
+        assert left + 3 * (fx * x / z + cx) == pytest.approx(columns * (wfx * x / z + wcx), rel=1e-5)
+        assert top + 2 * (fy * y / z + cy) == pytest.approx(rows * (wfy * y / z + wcy), rel=1e-5)
+    assert {top for top, _ in corners} == set(range(rows - 1)), "up to every edge"
+    assert {left for _, left in corners} == set(range(columns - 2))
+
+
+def test_a_crop_larger_than_the_picture_is_refused(new_clips: NewClips) -> None:
+    with pytest.raises(DataError, match=r"window\.crop"):
+        cut_windows(new_clips(1, 4), Draw(0, 0, range(1)), WindowConfig(frames=4, crop=(99, 1)), encode)
+    with pytest.raises(ConfigError, match=r"window\.crop"):
+        WindowConfig(crop=(0, 4))
 
 
 @pytest.mark.parametrize(("dropout", "kept"), [(0.0, True), (1.0, False)])

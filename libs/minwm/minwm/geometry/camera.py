@@ -103,6 +103,16 @@ def intrinsics_for_fov(
     return np.array([fx, fx * pixel_height * width / height, 0.5, 0.5], np.float32)
 
 
+def crop_intrinsics(
+    intrinsics: NDArray[np.float32], size: tuple[int, int], corner: tuple[int, int], crop: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Intrinsics (4,) of the piece `crop` (y, x) of a picture `size` (y, x), its first pixel at `corner` (y, x)."""
+    (height, width), (top, left), (rows, columns) = size, corner, crop
+    fx, fy, cx, cy = intrinsics.tolist()
+    cropped = [fx * width / columns, fy * height / rows, (cx * width - left) / columns, (cy * height - top) / rows]
+    return np.array(cropped, np.float32)
+
+
 def rotation_angle(rotation: NDArray[np.float64]) -> NDArray[np.float64]:
     """The angles (...) in degrees, 0 to 180, by which rotation matrices (..., 3, 3) turn."""
     skew = rotation - rotation.swapaxes(-1, -2)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from minwm.data.episode import Episode
-from minwm.models.autoencoder import Autoencoder, AutoencoderConfig
-from minwm.models.checkpoints import save_autoencoder
+from minwm.errors import ConfigError, DataError
+from minwm.models.autoencoder import PIXELS_PER_LATENT, Autoencoder, AutoencoderConfig
+from minwm.models.checkpoints import load_autoencoder, save_autoencoder
 from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.training.draw import Draw
 
@@ -23,12 +24,22 @@ MOMENTS_WEIGHT = 0.02  # of a batch: the statistics are those of about the last 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderStageConfig:
-    """`latent_frames` per sample; the first one's loss counts like the others'."""
+    """`latent_frames` per sample; the first one's loss counts like the others'.
+
+    start: folder of an autoencoder to go on from, whose architecture then replaces `model`
+    crop:  sides (y, x) in pixels of the random piece of the picture that a sample is; None: the whole
+    """
 
     model: AutoencoderConfig = AutoencoderConfig()
+    start: Path | None = None
     latent_frames: int = 3
+    crop: tuple[int, int] | None = None
     edge_weight: float = 1.0
     latent_weight: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.crop is not None and (min(self.crop) < 1 or any(side % PIXELS_PER_LATENT for side in self.crop)):
+            raise ConfigError(f"crop={self.crop}: expected positive multiples of {PIXELS_PER_LATENT}")
 
 
 class _Moments(nn.Module):
@@ -60,23 +71,36 @@ class AutoencoderStage:
     def __init__(self, config: AutoencoderStageConfig, seed: int) -> None:
         torch.manual_seed(seed)
         self._config = config
-        self.model = Autoencoder(config.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = Autoencoder(config.model) if config.start is None else load_autoencoder(config.start)
+        self.model = model.train().requires_grad_(True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.networks: Mapping[str, nn.Module] = {"autoencoder": self.model}
-        self._moments = _Moments(config.model.latent_channels)
+        self._moments = _Moments(model.config.latent_channels)
         self.frozen: Mapping[str, nn.Module] = {"moments": self._moments}
 
     def turns(self, step: int) -> Sequence[str]:
         return ("autoencoder",)
 
     def prepare(self, samples: Sequence[Episode], draw: Draw) -> Tensor:
-        """Random windows (b, 4f, 3, y, x) in [0, 1], mirrored half of the time."""
+        """Windows (b, 4f, 3, y, x) in [0, 1], half of them mirrored. Raises DataError for a too large crop."""
         length = self._config.latent_frames * FRAMES_PER_LATENT
         windows = []
-        for episode, place, mirror in zip(samples, draw.uniform("start"), draw.uniform("mirror"), strict=True):
-            start = int(place * (len(episode.frames) - length + 1))
-            window = torch.from_numpy(episode.frames[start : start + length])
+        places = zip(draw.uniform("start"), draw.uniform("crop", (2,)), draw.uniform("mirror"), strict=True)
+        for episode, (start, corner, mirror) in zip(samples, places, strict=True):
+            first = int(start * (len(episode.frames) - length + 1))
+            window = self._cropped(torch.from_numpy(episode.frames[first : first + length]), corner)
             windows.append(window.flip(2) if mirror < 0.5 else window)
         return torch.stack(windows).permute(0, 1, 4, 2, 3).float() / 255
+
+    def _cropped(self, frames: Tensor, corner: Tensor) -> Tensor:
+        """The piece of frames (t, y, x, 3) whose place is `corner` (2,) in [0, 1)."""
+        if self._config.crop is None:
+            return frames
+        height, width = self._config.crop
+        room = (frames.shape[1] - height, frames.shape[2] - width)
+        if min(room) < 0:
+            raise DataError(f"crop={height}x{width}: frames are only {frames.shape[1]}x{frames.shape[2]}")
+        top, left = (int(place * (space + 1)) for place, space in zip(corner, room, strict=True))
+        return frames[:, top : top + height, left : left + width]
 
     def loss(self, turn: str, batch: Tensor, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         latents, _ = self.model.encode(batch)
