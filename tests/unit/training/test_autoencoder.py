@@ -13,7 +13,7 @@ from minwm.data.episode import Episode
 from minwm.errors import ConfigError, DataError
 from minwm.models.autoencoder import AutoencoderConfig
 from minwm.models.checkpoints import load_autoencoder
-from minwm.training.autoencoder import AutoencoderStage, AutoencoderStageConfig
+from minwm.training.autoencoder import AutoencoderStage, AutoencoderStageConfig, reconstruction_loss
 from minwm.training.draw import Draw
 from minwm.training.engine import OptimizerConfig
 from minwm.training.loop import RunConfig, train
@@ -87,6 +87,24 @@ def test_loss_is_the_picture_s_and_its_edges_absolute_error_and_the_latents_size
     assert float(loss) == pytest.approx(float(error.abs().mean() + 0.7 * (across + down) + 0.05 * size), rel=1e-5)
     assert figures["psnr"] == pytest.approx(float(10 * torch.log10(1 / error.square().mean())), rel=1e-4)
     assert figures["latent_rms"] == pytest.approx(float(size.sqrt()), rel=1e-4)
+
+
+def test_what_is_decoded_is_noisy_by_as_much_as_asked_for(new_episodes: NewEpisodes) -> None:
+    episodes, draw = new_episodes(3, 8), Draw(0, 0, range(3))
+
+    def loss(noise: float) -> float:
+        stage = AutoencoderStage(replace(CONFIG, latent_noise=noise), 0)
+        with torch.no_grad():
+            return float(stage.loss("autoencoder", stage.prepare(episodes, draw), draw)[0])
+
+    assert loss(0.5) == loss(0.5) != loss(0.0)
+    stage = AutoencoderStage(CONFIG, 0)
+    batch = stage.prepare(episodes, draw)
+    with torch.no_grad():
+        latents, _ = stage.model.encode(batch)
+        frames, _ = stage.model.decode(latents + 0.5 * draw.normal("latent noise", latents.shape[1:]))
+        expected, _ = reconstruction_loss(frames - batch, CONFIG.edge_weight)
+    assert loss(0.5) == pytest.approx(float(expected + CONFIG.latent_weight * latents.square().mean()), rel=1e-6)
 
 
 def trained(

@@ -28,6 +28,7 @@ class AutoencoderStageConfig:
 
     start: folder of an autoencoder to go on from, whose architecture then replaces `model`
     crop:  sides (y, x) in pixels of the random piece of the picture that a sample is; None: the whole
+    latent_noise: deviation of the noise on the latents that are decoded, so that a generator's small errors do little
     """
 
     model: AutoencoderConfig = AutoencoderConfig()
@@ -36,6 +37,7 @@ class AutoencoderStageConfig:
     crop: tuple[int, int] | None = None
     edge_weight: float = 1.0
     latent_weight: float = 1e-4
+    latent_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.crop is not None and (min(self.crop) < 1 or any(side % PIXELS_PER_LATENT for side in self.crop)):
@@ -104,7 +106,8 @@ class AutoencoderStage:
 
     def loss(self, turn: str, batch: Tensor, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         latents, _ = self.model.encode(batch)
-        frames, _ = self.model.decode(latents)
+        noise = draw.normal("latent noise", latents.shape[1:])
+        frames, _ = self.model.decode(latents + self._config.latent_noise * noise)
         self._moments.update(latents.float(), MOMENTS_WEIGHT)
         loss, psnr = reconstruction_loss(frames.float() - batch, self._config.edge_weight)
         size = latents.float().square().mean()
