@@ -18,7 +18,8 @@ from minwm.training.consistency import Consistency, ConsistencyConfig
 from minwm.training.dmd import DMD, DMDConfig
 from minwm.training.draw import Draw
 from minwm.training.engine import OptimizerConfig
-from minwm.training.loop import RunConfig, train
+from minwm.training.loop import train
+from minwm.training.run import RunConfig
 from minwm.training.stage import Stage
 
 pytestmark = pytest.mark.unit

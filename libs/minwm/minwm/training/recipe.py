@@ -11,25 +11,33 @@ method: {window: {frames: 8}}    # the stage's own configuration
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from minwm.config import build, load_yaml
-from minwm.data.clips import load_clips
-from minwm.data.episode import load_episodes
+from minwm.data.clips import KIND as CLIPS
+from minwm.data.clips import ClipReader
+from minwm.data.episode import KIND as EPISODES
+from minwm.data.episode import EpisodeReader
+from minwm.data.shards import ShardReader
 from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone, load_backbone, new_backbone, with_conditions
 from minwm.models.conditions import ConditionName
 from minwm.models.prompts import EncodersConfig, prompt_encoder
+from minwm.models.transformer import Transformer
 from minwm.training.autoencoder import AutoencoderStage, AutoencoderStageConfig
 from minwm.training.autoregressive import Autoregressive, AutoregressiveConfig
+from minwm.training.batch import WindowConfig
 from minwm.training.bidirectional import Bidirectional, BidirectionalConfig
 from minwm.training.consistency import Consistency, ConsistencyConfig
 from minwm.training.decoder import DecoderStage, DecoderStageConfig
 from minwm.training.dmd import DMD, DMDConfig
 from minwm.training.engine import OptimizerConfig
-from minwm.training.loop import Progress, RunConfig, train
+from minwm.training.loader import Cached, Samples
+from minwm.training.loop import Progress, train
+from minwm.training.metrics import Work
+from minwm.training.run import RunConfig
 from minwm.training.stage import Stage
 
 PRESET = "preset:"
@@ -61,10 +69,27 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def run_recipe(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Path:
-    """Train; the exported model's folder."""
-    about = {"stage": recipe.stage, "data": str(recipe.data), "from": recipe.backbone}
-    stage, samples, digest = _STAGES[recipe.stage](recipe)
-    train(stage, samples, recipe.run, recipe.optimizers, folder, {**about, "dataset": digest}, progress)
+    """Train; the exported model's folder.
+
+    A run folder's checkpoint fits only the recipe and the dataset it was made with; `data` may lie elsewhere, and
+    what does not decide the numbers (steps, checkpoints, logging, accumulation, processes) may change.
+    """
+    job = _STAGES[recipe.stage](recipe)
+    about = {"stage": recipe.stage, "data": str(recipe.data), "from": recipe.backbone, "dataset": job.digest}
+    rest = {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name not in _APART}
+    identity = {**rest, "encoders": recipe.encoders and str(recipe.encoders.folder), "dataset": job.digest}
+    train(
+        job.stage,
+        job.samples,
+        recipe.run,
+        recipe.optimizers,
+        folder,
+        about,
+        progress,
+        heldout=job.heldout,
+        identity=identity,
+        work=_work(recipe, job),
+    )
     return folder / "model"
 
 
@@ -80,22 +105,44 @@ def _backbone(recipe: Recipe) -> Backbone:
     return backbone
 
 
-_Prepared = tuple[Stage, Sequence[Any], str]
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A stage, and what it is trained on."""
+
+    stage: Stage
+    samples: Samples
+    heldout: Samples
+    digest: str
 
 
-def _autoencoder(recipe: Recipe) -> _Prepared:
+def _autoencoder(recipe: Recipe) -> _Job:
     config = build(AutoencoderStageConfig, recipe.method, "method")
-    episodes, manifest = load_episodes(recipe.data)
-    return AutoencoderStage(config, recipe.run.seed), episodes, manifest.digest()
+    shards = ShardReader(recipe.data, EPISODES, verify=recipe.run.verify_data)
+    episodes = Cached(EpisodeReader(shards), lambda episode: episode.frames.nbytes, recipe.run.cache_gb * 2**30)
+    stage = AutoencoderStage(config, recipe.run.seed)
+    return _Job(stage=stage, samples=episodes, heldout=(), digest=shards.manifest.digest())
 
 
-def _on_clips(make: Callable[[Recipe], Stage]) -> Callable[[Recipe], _Prepared]:
-    def prepare(recipe: Recipe) -> _Prepared:
+def _on_clips(make: Callable[[Recipe], Stage], *, video: bool = False) -> Callable[[Recipe], _Job]:
+    def prepare(recipe: Recipe) -> _Job:
         stage = make(recipe)
-        clips, manifest = load_clips(recipe.data, "train")
-        return stage, clips, manifest.digest()
+        shards = ShardReader(recipe.data, CLIPS, verify=recipe.run.verify_data)
+        heldout = ClipReader(shards, "heldout", video=video) if recipe.run.validate_every else ()
+        clips = ClipReader(shards, "train", video=video)
+        return _Job(stage=stage, samples=clips, heldout=heldout, digest=shards.manifest.digest())
 
     return prepare
+
+
+def _work(recipe: Recipe, job: _Job) -> Work | None:
+    """What a step comes to, for stages that train a transformer."""
+    generator = job.stage.networks.get("generator")
+    if not isinstance(generator, Transformer):
+        return None
+    window = build(WindowConfig, recipe.method.get("window", {}), "method.window")
+    rows, columns = window.crop or job.samples[0].latents.shape[-2:]
+    patch = generator.architecture.patch
+    return Work(tokens=recipe.run.batch_size * window.frames * (rows // patch[0]) * (columns // patch[1]))
 
 
 def _dmd(recipe: Recipe) -> Stage:
@@ -104,9 +151,10 @@ def _dmd(recipe: Recipe) -> Stage:
 
 
 _WITHOUT_BACKBONE = ("autoencoder", "decoder")
-_STAGES: dict[str, Callable[[Recipe], _Prepared]] = {
+_APART = ("data", "run", "optimizers", "encoders")  # of the recipe: what decides the numbers otherwise, or in part
+_STAGES: dict[str, Callable[[Recipe], _Job]] = {
     "autoencoder": _autoencoder,
-    "decoder": _on_clips(lambda r: DecoderStage(build(DecoderStageConfig, r.method, "method"), r.run.seed)),
+    "decoder": _on_clips(lambda r: DecoderStage(build(DecoderStageConfig, r.method, "method"), r.run.seed), video=True),
     "bidirectional": _on_clips(lambda r: Bidirectional(build(BidirectionalConfig, r.method, "method"), _backbone(r))),
     "autoregressive": _on_clips(
         lambda r: Autoregressive(build(AutoregressiveConfig, r.method, "method"), _backbone(r))
