@@ -53,6 +53,10 @@ class DeepSpeedEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(state)
 
+    def weights(self) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = self._engine.module.state_dict()
+        return weights
+
 
 def _join_group() -> None:
     """Join the launcher's process group, or make a group of one."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minwm.errors import ConfigError
+from minwm.training.parallel import ParallelConfig, Processes
 
 EngineName = Literal["auto", "torch", "deepspeed"]
 
@@ -50,8 +51,17 @@ class Engine(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
 
+    def weights(self) -> dict[str, Tensor]:
+        """The network's whole state, on every rank; to be copied before the next step if it is to stay."""
 
-def make_engine(name: EngineName, network: nn.Module, config: OptimizerConfig) -> Engine:
+
+def make_engine(
+    name: EngineName,
+    network: nn.Module,
+    config: OptimizerConfig,
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
+    processes: Processes | None = None,
+) -> Engine:
     """The engine asked for; `auto` takes DeepSpeed where it is installed."""
     installed = importlib.util.find_spec("deepspeed") is not None
     if name == "deepspeed" and not installed:
@@ -98,3 +108,6 @@ class TorchEngine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(state)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._network.state_dict()

@@ -19,11 +19,11 @@ from minwm.errors import ConfigError, TrainingError
 from minwm.models.checkpoints import check_fit
 from minwm.models.transformer import Transformer
 from minwm.training.checkpointing import Best, Checkpoint, Checkpoints, flat
-from minwm.training.engine import OptimizerConfig, make_engine
+from minwm.training.engine import Engine, OptimizerConfig, make_engine
 from minwm.training.heldout import HeldOut
 from minwm.training.loader import Loader, MicroBatch, Samples, on_device
 from minwm.training.metrics import Figures, Journal, Pace, Work
-from minwm.training.parallel import Processes, join
+from minwm.training.parallel import Processes, join, whole
 from minwm.training.run import RunConfig
 from minwm.training.stage import Stage
 
@@ -65,33 +65,25 @@ def train(
     with ExitStack() as stack:
         processes = join(run.parallel)
         stack.callback(processes.close)
-        trainer = _Trainer(stage, run, optimizers, folder, processes)
         check = HeldOut(stage, heldout, run, processes) if run.validate_every else None
-        start, best = trainer.resume(checkpoints.newest(), made_with)
-        loader = stack.enter_context(Loader(stage, samples, run, processes))
+        trainer = _Trainer(stage, run, optimizers, folder, processes)
+        start, best = trainer.begin(checkpoints.newest(), made_with)
+        batches = stack.enter_context(Loader(stage, samples, run, processes)).steps(start)
         journal = stack.enter_context(Journal(folder, run, start)) if processes.is_main else None
         pace = Pace(run, work, processes.device, processes.world)
-        batches = loader.steps(start)
-        for step in range(start, run.steps):
+        for done in range(start + 1, run.steps + 1):
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            figures = trainer.step(step, batch)
-            done = step + 1
-            improved = False
-            if check is not None and done % run.validate_every == 0:
-                losses = check.losses()
-                for name, loss in losses.items():
-                    figures.networks.setdefault(name, {})["heldout_loss"] = loss
-                loss = next(iter(losses.values()))
-                if improved := best is None or loss < best.loss:
-                    best = Best(step=done, loss=loss)
+            figures = trainer.step(done - 1, batch)
+            better = _checked(check, done, figures, best) if check and done % run.validate_every == 0 else None
+            best = better or best
             figures.pace.update(pace.of_step(waited))
             if journal is not None:
-                journal.write(step, figures)
+                journal.write(done - 1, figures)
                 if progress is not None:
                     progress(done, run.steps, figures.flat())
-            if improved or done % run.checkpoint_every == 0 or done == run.steps:
+            if better or done % run.checkpoint_every == 0 or done == run.steps:
                 state = trainer.state()
                 if journal is not None:
                     journal.flush()
@@ -99,10 +91,20 @@ def train(
                 processes.barrier()
         if run.export == "best" and best is not None:
             trainer.load_networks(checkpoints.read(best.step))
-        if processes.is_main:
-            budget = {"steps": run.steps, "batch_size": run.batch_size, "engine": trainer.engine}
-            stage.export(folder / "model", {**about, **budget})
+        budget = {"steps": run.steps, "batch_size": run.batch_size, "engine": trainer.engine}
+        with whole(parameter for network in stage.networks.values() for parameter in network.parameters()):
+            if processes.is_main:
+                stage.export(folder / "model", {**about, **budget})
         processes.barrier()
+
+
+def _checked(check: HeldOut, done: int, figures: Figures, best: Best | None) -> Best | None:
+    """Add the held-out losses to the figures; the new best if the first network's is the lowest so far."""
+    losses = check.losses()
+    for name, loss in losses.items():
+        figures.networks.setdefault(name, {})["heldout_loss"] = loss
+    loss = next(iter(losses.values()))
+    return Best(step=done, loss=loss) if loss < (best.loss if best else math.inf) else None
 
 
 class _Trainer:
@@ -119,12 +121,55 @@ class _Trainer:
         self._stage, self._run, self._optimizers = stage, run, optimizers
         self._folder, self._processes = folder, processes
         self._networks = {**stage.networks, **stage.frozen}
+        self._engines: dict[str, Engine] = {}
+
+    def begin(self, checkpoint: Checkpoint | None, made_with: Mapping[str, Any]) -> tuple[int, Best | None]:
+        """Make the engines, from a checkpoint's state if there is one: the steps it has done, and the best of them."""
+        exact = checkpoint is not None and checkpoint.made_with == made_with
+        if checkpoint is not None:
+            if not exact and self._run.resume == "exact":
+                checkpoint.require(made_with)
+            if checkpoint.step > self._run.steps:
+                raise TrainingError(f"{checkpoint.path}: has done more than run.steps={self._run.steps}")
+            self.load_networks(checkpoint)
         for network in self._networks.values():
-            network.to(processes.device)
-            if run.compile:
+            network.to(self._processes.device)
+            if self._run.compile:
                 _compile_blocks(network)
-        self._engines = {name: make_engine(run.engine, net, optimizers[name]) for name, net in stage.networks.items()}
-        self.engine = ", ".join(sorted({engine.name for engine in self._engines.values()}))
+        for name, network in self._stage.networks.items():
+            config = self._optimizers[name]
+            self._engines[name] = make_engine(self._run.engine, network, config, self._run.parallel, self._processes)
+        if checkpoint is None:
+            return 0, None
+        if not exact:
+            return checkpoint.step, None
+        for name, engine in self._engines.items():
+            engine.load_state_dict(checkpoint.state["engines"][name])
+        return checkpoint.step, checkpoint.best
+
+    def load_networks(self, checkpoint: Checkpoint) -> None:
+        """Take a checkpoint's weights. Raises TrainingError or CheckpointError when they are of other networks."""
+        found = checkpoint.state["networks"]
+        if self._networks.keys() != found.keys():
+            raise TrainingError(
+                f"{checkpoint.path}: holds the networks {sorted(found)}, this run has {sorted(self._networks)}; "
+                "use another folder"
+            )
+        for name, network in self._networks.items():
+            check_fit(network.state_dict(), found[name], where=f"{checkpoint.path}, {name}")
+            network.load_state_dict(found[name])
+
+    @property
+    def engine(self) -> str:
+        """What trained the networks, for people."""
+        return ", ".join(sorted({engine.name for engine in self._engines.values()}))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the steps to come depend on; asked on every process."""
+        trained = {name: engine.weights() for name, engine in self._engines.items()}
+        frozen = {name: network.state_dict() for name, network in self._stage.frozen.items()}
+        engines = {name: engine.state_dict() for name, engine in self._engines.items()}
+        return {"networks": {**trained, **frozen}, "engines": engines}
 
     def step(self, step: int, parts: list[MicroBatch]) -> Figures:
         """One update of each network whose turn it is."""
@@ -167,39 +212,6 @@ class _Trainer:
         batches = [_plain(part.content) for part in parts]
         torch.save({"network": turn, "draws": draws, "samples": names, "batches": batches}, path)
         return TrainingError(f"step {step}: {what}; samples {', '.join(names)}; the batch is in {path}")
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the steps to come depend on; asked on every process."""
-        return {
-            "networks": {name: network.state_dict() for name, network in self._networks.items()},
-            "engines": {name: engine.state_dict() for name, engine in self._engines.items()},
-        }
-
-    def resume(self, checkpoint: Checkpoint | None, made_with: Mapping[str, Any]) -> tuple[int, Best | None]:
-        """Take a checkpoint's state: the steps it has done, and the best of them."""
-        if checkpoint is None:
-            return 0, None
-        same = checkpoint.made_with == made_with
-        if not same and self._run.resume == "exact":
-            checkpoint.require(made_with)
-        self.load_networks(checkpoint)
-        if not same:
-            return checkpoint.step, None
-        for name, engine in self._engines.items():
-            engine.load_state_dict(checkpoint.state["engines"][name])
-        return checkpoint.step, checkpoint.best
-
-    def load_networks(self, checkpoint: Checkpoint) -> None:
-        """Take a checkpoint's weights. Raises TrainingError or CheckpointError when they are of other networks."""
-        found = checkpoint.state["networks"]
-        if self._networks.keys() != found.keys():
-            raise TrainingError(
-                f"{checkpoint.path}: holds the networks {sorted(found)}, this run has {sorted(self._networks)}; "
-                "use another folder"
-            )
-        for name, network in self._networks.items():
-            check_fit(network.state_dict(), found[name], where=f"{checkpoint.path}, {name}")
-            network.load_state_dict(found[name])
 
 
 def _compile_blocks(network: nn.Module) -> None:

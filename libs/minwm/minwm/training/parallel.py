@@ -3,10 +3,13 @@
 One process only: a group of one.
 """
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from minwm.errors import ConfigError
 
@@ -49,3 +52,8 @@ class Processes:
 def join(config: ParallelConfig) -> Processes:
     """Join the launcher's group, or make a group of one."""
     return Processes()
+
+
+def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """Parameters whole on every rank, for reading."""
+    return nullcontext()

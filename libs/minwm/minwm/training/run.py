@@ -75,6 +75,8 @@ class RunConfig:
             raise ConfigError(f"run.peak_flops={self.peak_flops}: expected a positive number of FLOP/s")
         if self.export == "best" and not self.validate_every:
             raise ConfigError("run.export='best': expected validate_every > 0, which finds the best")
+        if self.export == "best" and self.parallel.zero == 3:
+            raise ConfigError("run.export='best': expected parallel.zero < 3; the best checkpoint is kept all the same")
 
     def decides(self) -> dict[str, Any]:
         """The part that decides a run's numbers."""
