@@ -18,8 +18,8 @@ from minwm.errors import ConfigError
 class ParallelConfig:
     """zero: DeepSpeed's ZeRO stage. sequence: processes that share one sample."""
 
-    zero: Literal[0] = 0
-    sequence: Literal[1] = 1
+    zero: Literal[0, 1, 2, 3] = 0
+    sequence: int = 1
 
 
 class Processes:
@@ -50,7 +50,9 @@ class Processes:
 
 
 def join(config: ParallelConfig) -> Processes:
-    """Join the launcher's group, or make a group of one."""
+    """Make a group of one. Raises ConfigError where several processes are asked for."""
+    if config != ParallelConfig():
+        raise ConfigError(f"{config}: expected the default, there is one process")
     return Processes()
 
 
