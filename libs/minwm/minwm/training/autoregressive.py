@@ -14,19 +14,30 @@ from torch import Tensor, nn
 
 from minwm.data.clips import Clip
 from minwm.diffusion import flow
+from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone, save_backbone
 from minwm.models.conditions import Conditions
 from minwm.models.context import Context, teacher_forcing
 from minwm.models.transformer import Prompt, Transformer
 from minwm.training.batch import Batch, WindowConfig, cut_windows
 from minwm.training.draw import Draw
+from minwm.training.levels import LevelsConfig, chunk_levels
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveConfig:
-    """Chunk, window and sink come from the backbone's configuration."""
+    """Chunk, window and sink come from the backbone's configuration.
+
+    context_noise: highest level of the noise in the history, of which the model is not told; 0: a true history
+    """
 
     window: WindowConfig = WindowConfig()
+    levels: LevelsConfig = LevelsConfig()
+    context_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.context_noise < 1:
+            raise ConfigError(f"context_noise={self.context_noise}: expected a level from 0 to below 1")
 
 
 class Autoregressive:
@@ -45,15 +56,21 @@ class Autoregressive:
         return cut_windows(samples, draw, self._config.window, self._backbone.encode)
 
     def loss(self, turn: str, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, float]]:
-        model, config = self._backbone.model, self._backbone.config
-        noise = draw.normal("noise", batch.latents.shape[1:])
-        sigma = chunk_levels(draw, batch.latents.shape[1], config.history.chunk, config.shift)
-        noisy = flow.add_noise(batch.latents, noise, sigma)
-        context = teacher_forcing(batch.latents.shape[1], config.history)
+        clean, model, config = batch.latents, self._backbone.model, self._backbone.config
+        frames, chunk = clean.shape[1], config.history.chunk
+        noise = draw.normal("noise", clean.shape[1:])
+        sigma = chunk_levels(draw, frames, chunk, config.shift, self._config.levels)
         predicted = denoise_given_clean(
-            model, noisy, batch.latents, sigma, model.prompt(batch.text), batch.conditions, context
+            model,
+            flow.add_noise(clean, noise, sigma),
+            forgiven_history(clean, draw, chunk, self._config.context_noise),
+            sigma,
+            model.prompt(batch.text),
+            batch.conditions,
+            teacher_forcing(frames, config.history),
         )
-        return (predicted.float() - flow.velocity(batch.latents, noise)).square().mean(), {}
+        error = (predicted.float() - flow.velocity(clean, noise)).square().mean((2, 3, 4))
+        return (self._config.levels.weight(sigma, config.shift) * error).mean(), {}
 
     def after_step(self, step: int) -> None:
         pass
@@ -62,9 +79,16 @@ class Autoregressive:
         save_backbone(folder, self._backbone, about)
 
 
-def chunk_levels(draw: Draw, frames: int, chunk: int, shift: float) -> Tensor:
-    """A noise level per chunk, (b, frames), for a whole number of chunks."""
-    return flow.warp(draw.uniform("level", (frames // chunk,)), shift).repeat_interleave(chunk, 1)
+def forgiven_history(clean: Tensor, draw: Draw, chunk: int, context_noise: float) -> Tensor:
+    """Clean latents (b, f, c, y, x) with noise that the model is not told of.
+
+    Each chunk's level is uniform in [0, `context_noise`], its timestep stays 0: what a session commits is told as clean
+    too, and is never quite so. Against drift (cf. GameNGen, arXiv 2408.14837, whose model is told the level).
+    """
+    if context_noise == 0:
+        return clean
+    level = context_noise * draw.uniform("context level", (clean.shape[1] // chunk,)).repeat_interleave(chunk, 1)
+    return flow.add_noise(clean, draw.normal("context noise", clean.shape[1:]), level)
 
 
 def denoise_given_clean(
