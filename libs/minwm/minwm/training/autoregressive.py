@@ -60,10 +60,11 @@ class Autoregressive:
         frames, chunk = clean.shape[1], config.history.chunk
         noise = draw.normal("noise", clean.shape[1:])
         sigma = chunk_levels(draw, frames, chunk, config.shift, self._config.levels)
+        history = ContextNoise.drawn(draw, "context", clean.shape[1:], chunk, self._config.context_noise)
         predicted = denoise_given_clean(
             model,
             flow.add_noise(clean, noise, sigma),
-            forgiven_history(clean, draw, chunk, self._config.context_noise),
+            history.onto(clean),
             sigma,
             model.prompt(batch.text),
             batch.conditions,
@@ -79,16 +80,27 @@ class Autoregressive:
         save_backbone(folder, self._backbone, about)
 
 
-def forgiven_history(clean: Tensor, draw: Draw, chunk: int, context_noise: float) -> Tensor:
-    """Clean latents (b, f, c, y, x) with noise that the model is not told of.
+@dataclass(frozen=True)
+class ContextNoise:
+    """Noise on the history that the model is not told of: levels (b, f), one per chunk, and noise (b, f, c, y, x).
 
-    Each chunk's level is uniform in [0, `context_noise`], its timestep stays 0: what a session commits is told as clean
-    too, and is never quite so. Against drift (cf. GameNGen, arXiv 2408.14837, whose model is told the level).
+    A session commits what it generated as clean, at timestep 0, and it never quite is: a model that has learnt to
+    forgive a little drifts less (cf. GameNGen, arXiv 2408.14837, which tells the model the level instead).
     """
-    if context_noise == 0:
-        return clean
-    level = context_noise * draw.uniform("context level", (clean.shape[1] // chunk,)).repeat_interleave(chunk, 1)
-    return flow.add_noise(clean, draw.normal("context noise", clean.shape[1:]), level)
+
+    level: Tensor
+    noise: Tensor
+
+    @classmethod
+    def drawn(cls, draw: Draw, purpose: str, shape: Sequence[int], chunk: int, highest: float) -> "ContextNoise":
+        """For latents (f, c, y, x): levels uniform in [0, `highest`]."""
+        level = highest * draw.uniform(f"{purpose} level", (shape[0] // chunk,)).repeat_interleave(chunk, 1)
+        return cls(level, draw.normal(purpose, shape))
+
+    def onto(self, clean: Tensor, start: int = 0) -> Tensor:
+        """Clean frames (b, n, c, y, x), `start` being the first one's index, with their noise."""
+        frames = slice(start, start + clean.shape[1])
+        return flow.add_noise(clean, self.noise[:, frames], self.level[:, frames])
 
 
 def denoise_given_clean(

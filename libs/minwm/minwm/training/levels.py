@@ -1,10 +1,12 @@
 """Noise levels that training draws, and what an error at a level counts.
 
 Levels are float32 in (0, 1): a uniform or a logit-normal draw, moved towards noise by the schedule's shift.
+`made_for` says at which levels a student samples, in each of the numbers of steps that it is trained for.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from minwm.diffusion import flow
 from minwm.errors import ConfigError
+from minwm.models.presets import WorldConfig
 from minwm.training.draw import Draw
 
 _TABLE = 1000  # levels over which the bell's mean is one
@@ -60,3 +63,18 @@ def _bell(sigma: Tensor) -> Tensor:
 def chunk_levels(draw: Draw, frames: int, chunk: int, shift: float, config: LevelsConfig | None = None) -> Tensor:
     """A noise level per chunk, (b, frames), for a whole number of chunks."""
     return (config or LevelsConfig()).draw(draw, shift, frames // chunk).repeat_interleave(chunk, 1)
+
+
+def made_for(config: WorldConfig, steps: Sequence[int]) -> WorldConfig:
+    """The configuration of a student that samples in these numbers of steps, and in no others.
+
+    Its levels are the configuration's where it has that number, else the shifted schedule's.
+    """
+    levels = {count: config.levels.get(count) or tuple(flow.schedule(count, config.shift)) for count in sorted(steps)}
+    return replace(config, levels=levels)
+
+
+def require_steps(steps: Sequence[int]) -> None:
+    """Raise ConfigError unless `steps` are numbers of sampling steps, each once."""
+    if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
+        raise ConfigError(f"steps={list(steps)}: expected different numbers of sampling steps, such as [8, 4, 2, 1]")
