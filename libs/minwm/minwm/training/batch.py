@@ -84,9 +84,14 @@ class Batch:
         )
 
 
+def encoded(captions: Sequence[str], encode: Encode, device: torch.device | str) -> Any:
+    """`Batch.text` of captions, on a device."""
+    return _moved(encode(captions), device)
+
+
 def unprompted(batch: Batch, encode: Encode) -> Any:
     """What `text` is without a prompt: the empty one, which prompt dropout trains."""
-    return _moved(encode([""] * len(batch.captions)), batch.latents.device)
+    return encoded([""] * len(batch.captions), encode, batch.latents.device)
 
 
 def cut_windows(clips: Sequence[Clip], draw: Draw, config: WindowConfig, encode: Encode) -> Batch:
