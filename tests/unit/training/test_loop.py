@@ -182,7 +182,7 @@ def new_stage(method: str, new_backbone: Callable[..., Backbone]) -> Stage:
             return Autoregressive(AutoregressiveConfig(window=window), new_backbone(seed=1))
         case "consistency":
             return Consistency(ConsistencyConfig(window=window), new_backbone(seed=1))
-    config = DMDConfig(window=window, score=Path("unused"), steps=2, critic_ratio=2)
+    config = DMDConfig(window=window, score=Path("unused"), steps=(2,), critic_ratio=2)
     return DMD(config, new_backbone(seed=1), new_backbone(seed=2))
 
 

@@ -1,4 +1,4 @@
-"""The command `minwm train`."""
+"""The command `minwm train`, and those beside it."""
 
 import os
 from contextlib import ExitStack
@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 from minwm.progress import Report, progress_bar
+from minwm.training.trajectory_commands import trajectories
 
 
 def register(app: typer.Typer) -> None:
-    """Add `train` to the command line."""
+    """Add `train` and `trajectories` to the command line."""
     app.command(name="train")(train)
+    app.command(name="trajectories")(trajectories)
 
 
 def train(

@@ -38,7 +38,7 @@ class HeldOut:
         for first in range(0, len(self._numbers), size):
             numbers = self._numbers[first : first + size]
             chosen = [self._samples[self._places[number]] for number in numbers]
-            batch = prepare(self._stage, chosen, Draw(self._run.seed, _STEP, numbers))
+            batch = prepare(self._stage, chosen, Draw(self._run.seed, _STEP, numbers, self._processes.device))
             content = on_device(batch.content, self._processes.device)
             for name in totals:
                 with self._run.precision(self._processes.device):

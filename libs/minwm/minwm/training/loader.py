@@ -86,7 +86,7 @@ class Loader:
         first = step * self._run.batch_size + part * size
         numbers = self._processes.share(range(first, first + size))
         chosen = [self._samples[self._order[number]] for number in numbers]
-        return prepare(self._stage, chosen, Draw(self._run.seed, step, numbers))
+        return prepare(self._stage, chosen, Draw(self._run.seed, step, numbers, self._processes.device))
 
     def __enter__(self) -> Self:
         return self

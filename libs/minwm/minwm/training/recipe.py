@@ -3,6 +3,7 @@
 stage: autoregressive
 data: runs/demo/data          # a dataset folder
 backbone: models/wan-doom/base   # a model folder, or `preset:NAME` for random weights
+history: {chunk: 1, window: 16}   # frame by frame; chunk, window and sink are the model's own if not given
 conditions: [camera_prope, action_timestep]   # what steers it; as the model has them if not given
 encoders: {folder: published/wan, cache: runs/embeddings}   # of prompts, for backbones that take embeddings
 run: {steps: 30, batch_size: 4}
@@ -17,13 +18,14 @@ from typing import Any
 
 from minwm.config import build, load_yaml
 from minwm.data.clips import KIND as CLIPS
-from minwm.data.clips import ClipReader
+from minwm.data.clips import ClipReader, load_clips
 from minwm.data.episode import KIND as EPISODES
 from minwm.data.episode import EpisodeReader
 from minwm.data.shards import ShardReader
 from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone, load_backbone, new_backbone, with_conditions
 from minwm.models.conditions import ConditionName
+from minwm.models.context import History
 from minwm.models.prompts import EncodersConfig, prompt_encoder
 from minwm.models.transformer import Transformer
 from minwm.training.autoencoder import AutoencoderStage, AutoencoderStageConfig
@@ -37,8 +39,10 @@ from minwm.training.engine import OptimizerConfig
 from minwm.training.loader import Cached, Samples
 from minwm.training.loop import Progress, train
 from minwm.training.metrics import Work
+from minwm.training.ode import Ode, OdeConfig
 from minwm.training.run import RunConfig
 from minwm.training.stage import Stage
+from minwm.training.trajectories import SamplingConfig, Trajectory, load_trajectories, write_trajectories
 
 PRESET = "preset:"
 
@@ -53,6 +57,7 @@ class Recipe:
     optimizers: dict[str, OptimizerConfig]
     backbone: str = ""
     conditions: tuple[ConditionName, ...] | None = None
+    history: History | None = None
     encoders: EncodersConfig | None = None
     method: dict[str, Any] = field(default_factory=dict)
 
@@ -93,13 +98,39 @@ def run_recipe(recipe: Recipe, folder: Path, progress: Progress | None = None) -
     return folder / "model"
 
 
-def _backbone(recipe: Recipe) -> Backbone:
+@dataclass(frozen=True, kw_only=True)
+class TrajectoriesRecipe:
+    """What `minwm trajectories` samples for the stage `ode`: from an autoregressive model, on a dataset of clips."""
+
+    data: Path
+    backbone: str
+    sampling: SamplingConfig
+    conditions: tuple[ConditionName, ...] | None = None
+    history: History | None = None
+    encoders: EncodersConfig | None = None
+
+
+def load_trajectories_recipe(path: Path, overrides: Sequence[str] = ()) -> TrajectoriesRecipe:
+    """Read a recipe of trajectories. Raises ConfigError for whatever is wrong in it."""
+    return build(TrajectoriesRecipe, load_yaml(path, overrides))
+
+
+def run_trajectories(recipe: TrajectoriesRecipe, folder: Path, progress: Callable[[int], None] | None = None) -> None:
+    """Sample trajectories to a new folder. Raises DataError for one that holds a dataset."""
+    clips, manifest = load_clips(recipe.data, "train")
+    about = {"from": recipe.backbone, "data": str(recipe.data), "dataset": manifest.digest()}
+    write_trajectories(_backbone(recipe, recipe.sampling.seed), clips, recipe.sampling, folder, about, progress)
+
+
+def _backbone(recipe: Recipe | TrajectoriesRecipe, seed: int) -> Backbone:
     if recipe.backbone.startswith(PRESET):
-        backbone = new_backbone(recipe.backbone.removeprefix(PRESET), recipe.run.seed)
+        backbone = new_backbone(recipe.backbone.removeprefix(PRESET), seed)
     else:
         backbone = load_backbone(Path(recipe.backbone))
     if recipe.conditions is not None:
-        backbone = with_conditions(backbone, recipe.conditions, recipe.run.seed)
+        backbone = with_conditions(backbone, recipe.conditions, seed)
+    if recipe.history is not None:
+        backbone = replace(backbone, config=replace(backbone.config, history=recipe.history))
     if recipe.encoders is not None:
         backbone = replace(backbone, encoder=prompt_encoder(recipe.encoders, backbone.config.architecture))
     return backbone
@@ -139,15 +170,25 @@ def _work(recipe: Recipe, job: _Job) -> Work | None:
     generator = job.stage.networks.get("generator")
     if not isinstance(generator, Transformer):
         return None
-    window = build(WindowConfig, recipe.method.get("window", {}), "method.window")
-    rows, columns = window.crop or job.samples[0].latents.shape[-2:]
-    patch = generator.architecture.patch
-    return Work(tokens=recipe.run.batch_size * window.frames * (rows // patch[0]) * (columns // patch[1]))
+    sample, patch = job.samples[0], generator.architecture.patch
+    if isinstance(sample, Trajectory):
+        frames, _, rows, columns = sample.clean.shape
+    else:
+        window = build(WindowConfig, recipe.method.get("window", {}), "method.window")
+        frames, (rows, columns) = window.frames, window.crop or sample.latents.shape[-2:]
+    return Work(tokens=recipe.run.batch_size * frames * (rows // patch[0]) * (columns // patch[1]))
 
 
 def _dmd(recipe: Recipe) -> Stage:
     config = build(DMDConfig, recipe.method, "method")
-    return DMD(config, _backbone(recipe), load_backbone(config.score))
+    return DMD(config, _backbone(recipe, recipe.run.seed), load_backbone(config.score))
+
+
+def _ode(recipe: Recipe) -> _Job:
+    config = build(OdeConfig, recipe.method, "method")
+    trajectories = load_trajectories(recipe.data)
+    stage = Ode(config, _backbone(recipe, recipe.run.seed), trajectories)
+    return _Job(stage=stage, samples=trajectories.samples, heldout=(), digest=trajectories.digest)
 
 
 _WITHOUT_BACKBONE = ("autoencoder", "decoder")
@@ -155,10 +196,15 @@ _APART = ("data", "run", "optimizers", "encoders")  # of the recipe: what decide
 _STAGES: dict[str, Callable[[Recipe], _Job]] = {
     "autoencoder": _autoencoder,
     "decoder": _on_clips(lambda r: DecoderStage(build(DecoderStageConfig, r.method, "method"), r.run.seed), video=True),
-    "bidirectional": _on_clips(lambda r: Bidirectional(build(BidirectionalConfig, r.method, "method"), _backbone(r))),
-    "autoregressive": _on_clips(
-        lambda r: Autoregressive(build(AutoregressiveConfig, r.method, "method"), _backbone(r))
+    "bidirectional": _on_clips(
+        lambda r: Bidirectional(build(BidirectionalConfig, r.method, "method"), _backbone(r, r.run.seed))
     ),
-    "consistency": _on_clips(lambda r: Consistency(build(ConsistencyConfig, r.method, "method"), _backbone(r))),
+    "autoregressive": _on_clips(
+        lambda r: Autoregressive(build(AutoregressiveConfig, r.method, "method"), _backbone(r, r.run.seed))
+    ),
+    "consistency": _on_clips(
+        lambda r: Consistency(build(ConsistencyConfig, r.method, "method"), _backbone(r, r.run.seed))
+    ),
+    "ode": _ode,
     "dmd": _on_clips(_dmd),
 }
