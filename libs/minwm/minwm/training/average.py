@@ -4,6 +4,8 @@ Its state is the whole average, so it can be saved by any number of processes an
 average is itself a network that runs (the target of consistency), `update_average` moves that network instead.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ class Average(nn.Module):
         own = [self._own(parameter) for parameter in network.parameters()]
         self._lengths = [len(piece) for piece in own]
         self.register_buffer("slices", torch.cat(own), persistent=False)
+        self._whole: dict[str, Tensor] | None = None
 
     @torch.no_grad()
     def update(self, network: nn.Module, decay: float) -> None:
@@ -33,6 +36,8 @@ class Average(nn.Module):
 
     def full(self) -> dict[str, Tensor]:
         """The average of every parameter by name, whole, float32."""
+        if self._whole is not None:
+            return self._whole
         world = _place()[1]
         ranks = [torch.empty_like(self.slices) for _ in range(world)] if world > 1 else [self.slices.clone()]
         if world > 1:
@@ -50,6 +55,15 @@ class Average(nn.Module):
         for name, parameter in network.named_parameters():
             parameter.copy_(average[name])
 
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """A while in which any process may read the average by itself. All processes enter together."""
+        self._whole = self.full()
+        try:
+            yield
+        finally:
+            self._whole = None
+
     def _own(self, parameter: Tensor) -> Tensor:
         return part(parameter.detach().float(), *_place())
 
@@ -59,6 +73,15 @@ class Average(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
         own = [self._own(state_dict[prefix + name]) for name in self._shapes]
         self.slices.copy_(torch.cat(own))
+
+
+@contextmanager
+def gathered(*networks: nn.Module) -> Iterator[None]:
+    """Networks (under ZeRO-3) and averages whole on every rank, so that one may save them. All enter together."""
+    with ExitStack() as stack:
+        for network in networks:
+            stack.enter_context(network.gathered() if isinstance(network, Average) else whole(network.parameters()))
+        yield
 
 
 @torch.no_grad()

@@ -18,8 +18,7 @@ from torch import Tensor, distributed, nn
 from minwm.errors import ConfigError
 from minwm.models.cache import CacheGeometry
 from minwm.models.conditions import Conditions
-from minwm.models.context import Beside, Context, History
-from minwm.models.hunyuan import Hunyuan
+from minwm.models.context import Beside, Bidirectional, Context, History
 from minwm.models.transformer import Architecture, Prompt, Transformer
 
 _Pass = tuple[Tensor, Tensor, Prompt, Context, Conditions | None]
@@ -42,16 +41,12 @@ def split_sequence(model: Transformer, group: distributed.ProcessGroup) -> None:
 
     def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Pass, dict[str, Any]]:
         latents, timesteps, prompt, context, conditions = _pass(*args, **kwargs)
-        if isinstance(module, Hunyuan) and context.bidirectional:
-            raise ConfigError(
-                f"parallel.sequence={size}: expected 1 for bidirectional passes of HunyuanVideo, whose text sees frames"
-            )
         frames = len(context.positions)
         if frames % size:
             raise ConfigError(f"parallel.sequence={size}: expected a divisor of the pass's {frames} latent frames")
         own = _own(frames, group)
         return (
-            cast(Tensor, _Cut.apply(latents, group)),
+            _apply(_Cut, latents, group),
             timesteps[:, own],
             prompt,
             PartOfFrames(context, group),
@@ -59,7 +54,7 @@ def split_sequence(model: Transformer, group: distributed.ProcessGroup) -> None:
         ), {}
 
     def put_together(module: nn.Module, args: tuple[Any, ...], velocity: Tensor) -> Tensor:
-        return cast(Tensor, _Gather.apply(velocity, group))
+        return _apply(_Join, velocity, group)
 
     model.register_forward_pre_hook(cut, with_kwargs=True)
     model.register_forward_hook(put_together)
@@ -83,13 +78,22 @@ class PartOfFrames:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
         heads = q.shape[2]
-        qkv = exchange(torch.stack([q, k, v]), self.group, scatter=3, gather=2)
-        if beside is not None:
-            keys, values = beside.repeated(heads)
-            own = _own(heads, self.group)
-            beside = Beside(keys[:, :, own], values[:, :, own], beside.mask)
-        read = self.whole.attend(layer, *qkv.unbind(), beside)
+        q, k, v = exchange(torch.stack([q, k, v]), self.group, scatter=3, gather=2).unbind()
+        read = self.whole.attend(layer, q, k, v, beside and self._heads_of(beside, heads))
         return exchange(read, self.group, scatter=1, gather=2)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, beside: Beside) -> Tensor:
+        """The text's queries (b, l, h, d) are everybody's: each process reads with its part of their heads."""
+        heads = q.shape[2]
+        k, v = exchange(torch.stack([k, v]), self.group, scatter=3, gather=2).unbind()
+        own = q[:, :, _own(heads, self.group)]
+        read = cast(Bidirectional, self.whole).read(own, k, v, self._heads_of(beside, heads))
+        return _apply(_JoinHeads, read, self.group)
+
+    def _heads_of(self, beside: Beside, heads: int) -> Beside:
+        own = _own(heads, self.group)
+        keys, values = beside.repeated(heads)
+        return Beside(keys[:, :, own], values[:, :, own], beside.mask)
 
 
 class _PartOfHeads:
@@ -101,6 +105,9 @@ class _PartOfHeads:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._architecture, name)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_PartOfHeads":
+        return self
+
     def cache_geometry(self, rows: int, columns: int, history: History) -> CacheGeometry:
         geometry = self._architecture.cache_geometry(rows, columns, history)
         return replace(geometry, heads=geometry.heads // self._size)
@@ -108,7 +115,7 @@ class _PartOfHeads:
 
 def exchange(x: Tensor, group: distributed.ProcessGroup, *, scatter: int, gather: int) -> Tensor:
     """Dimension `scatter` cut into a part for each process, everybody's parts joined along `gather`, in rank order."""
-    return cast(Tensor, _Exchange.apply(x, group, scatter, gather))
+    return _apply(_Exchange, x, group, scatter, gather)
 
 
 class _Exchange(torch.autograd.Function):
@@ -132,20 +139,37 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gathered(grad, ctx.group) / ctx.group.size(), None
+        return _gathered(grad, ctx.group, 1) / ctx.group.size(), None
 
 
-class _Gather(torch.autograd.Function):
-    """Frames (b, f / size, …) of all processes, joined."""
+class _Join(torch.autograd.Function):
+    """Frames (b, f / size, …) of all processes, joined for a loss that all compute alike."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: distributed.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _gathered(x, group)
+        return _gathered(x, group, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad[:, _own(grad.shape[1], ctx.group)] * ctx.group.size(), None
+
+
+class _JoinHeads(torch.autograd.Function):
+    """Heads (b, l, h / size, d) of all processes, joined for what each uses in its own way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: distributed.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gathered(x, group, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _received(grad, ctx.group, 2).sum(0), None
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    return function.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _pass(
@@ -160,14 +184,19 @@ def _own(length: int, group: distributed.ProcessGroup) -> slice:
     return slice(group.rank() * part, (group.rank() + 1) * part)
 
 
-def _exchanged(x: Tensor, group: distributed.ProcessGroup, scatter: int, gather: int) -> Tensor:
+def _received(x: Tensor, group: distributed.ProcessGroup, scatter: int) -> Tensor:
+    """What the processes have for this one (size, …), when each cuts its own along `scatter`."""
     sent = torch.stack(x.chunk(group.size(), scatter))
     received = torch.empty_like(sent)
     distributed.all_to_all_single(received, sent, group=group)
-    return torch.cat(received.unbind(), gather)
+    return received
 
 
-def _gathered(x: Tensor, group: distributed.ProcessGroup) -> Tensor:
+def _exchanged(x: Tensor, group: distributed.ProcessGroup, scatter: int, gather: int) -> Tensor:
+    return torch.cat(_received(x, group, scatter).unbind(), gather)
+
+
+def _gathered(x: Tensor, group: distributed.ProcessGroup, dim: int) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
     distributed.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, 1)
+    return torch.cat(parts, dim)
