@@ -169,7 +169,7 @@ class _JoinHeads(torch.autograd.Function):
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    return function.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+    return function.apply(*args)  # type: ignore[no-any-return]
 
 
 def _pass(
