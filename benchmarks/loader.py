@@ -20,7 +20,7 @@ from minwm.data.shards import ShardReader
 from minwm.training.batch import Batch, WindowConfig, cut_windows
 from minwm.training.draw import Draw
 from minwm.training.loader import Loader
-from minwm.training.parallel import ParallelConfig, join
+from minwm.training.parallel import Processes
 from minwm.training.run import RunConfig
 
 
@@ -38,7 +38,7 @@ class Windows:
 def samples_per_second(clips: ClipReader, frames: int, batch: int, steps: int, threads: int) -> float:
     """Of `steps` batches that nobody keeps."""
     run = RunConfig(steps=steps, batch_size=batch, loaders=threads)
-    with Loader(Windows(frames), clips, run, join(ParallelConfig())) as loader:
+    with Loader(Windows(frames), clips, run, Processes()) as loader:
         started = time.perf_counter()
         for _ in loader.steps(0):
             pass

@@ -20,7 +20,7 @@ from minwm.models.text import byte_tokens
 from minwm.training.batch import WindowConfig, cut_windows
 from minwm.training.draw import Draw
 from minwm.training.loader import Cached, Loader, MicroBatch, Order, on_device, prepare
-from minwm.training.parallel import ParallelConfig, join
+from minwm.training.parallel import Processes
 from minwm.training.run import RunConfig
 
 pytestmark = pytest.mark.unit
@@ -49,7 +49,7 @@ def clips(new_clips: Callable[[int, int], list[Clip]], tmp_path: Path) -> ClipRe
 
 def batches(samples: Any, first: int = 0, stage: Any = None, **changes: Any) -> list[list[MicroBatch]]:
     run = RunConfig(**{"steps": 6, "batch_size": 4, "accumulation": 2, "loaders": 0, **changes})
-    with Loader(stage or Windows(), samples, run, join(ParallelConfig())) as loader:
+    with Loader(stage or Windows(), samples, run, Processes()) as loader:
         return list(loader.steps(first))
 
 
@@ -80,7 +80,7 @@ def test_batches_are_the_same_with_any_number_of_threads_from_any_step(
 
 def test_threads_prepare_ahead_and_end_with_the_run(clips: ClipReader) -> None:
     stage, run = Windows(delay=0.02), RunConfig(steps=8, batch_size=2, loaders=2)
-    with Loader(stage, clips, run, join(ParallelConfig())) as loader:
+    with Loader(stage, clips, run, Processes()) as loader:
         steps = loader.steps(0)
         next(steps)
         time.sleep(0.2)  # a step that computes

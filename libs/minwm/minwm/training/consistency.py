@@ -23,6 +23,7 @@ from minwm.models.backbones import Backbone, save_backbone
 from minwm.models.context import teacher_forcing
 from minwm.models.transformer import Transformer
 from minwm.training.autoregressive import denoise_given_clean
+from minwm.training.average import update_average
 from minwm.training.batch import Batch, WindowConfig, cut_windows, unprompted
 from minwm.training.draw import Draw
 
@@ -93,10 +94,3 @@ class Consistency:
 
     def export(self, folder: Path, about: Mapping[str, Any]) -> None:
         save_backbone(folder, Backbone(self._target, self._backbone.config), about)
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average ← decay · average + (1 − decay) · model, in the average's precision."""
-    for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-        slow.lerp_(fast.to(slow.dtype), 1 - decay)

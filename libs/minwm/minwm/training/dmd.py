@@ -21,14 +21,14 @@ from minwm.data.clips import Clip
 from minwm.diffusion import flow
 from minwm.diffusion.samplers import guided
 from minwm.errors import ConfigError
-from minwm.models.backbones import Backbone, save_backbone
+from minwm.models.backbones import Backbone, new_model, save_backbone
 from minwm.models.conditions import Conditions
 from minwm.models.context import Full
 from minwm.models.rollout import ChunkRollout
 from minwm.models.transformer import Transformer
 from minwm.training.autoregressive import ContextNoise
+from minwm.training.average import Average
 from minwm.training.batch import Batch, WindowConfig, cut_windows, unprompted, window_conditions
-from minwm.training.consistency import update_average
 from minwm.training.draw import Draw
 from minwm.training.levels import made_for, require_steps
 
@@ -107,7 +107,7 @@ class DMD:
         self._backbone = replace(backbone, config=made_for(backbone.config, config.steps))
         self._real = score.model.requires_grad_(False)
         self._critic = copy.deepcopy(score.model).requires_grad_(True)
-        self._average = copy.deepcopy(backbone.model).requires_grad_(False)
+        self._average = Average(backbone.model)
         self.networks: Mapping[str, nn.Module] = {"generator": backbone.model, "critic": self._critic}
         self.frozen: Mapping[str, nn.Module] = {"average": self._average}
 
@@ -208,10 +208,13 @@ class DMD:
 
     def after_step(self, step: int) -> None:
         if "generator" in self.turns(step):
-            update_average(self._average, self._backbone.model, self._config.ema_decay)
+            self._average.update(self._backbone.model, self._config.ema_decay)
 
     def export(self, folder: Path, about: Mapping[str, Any]) -> None:
-        save_backbone(folder, Backbone(self._average, self._backbone.config), about)
+        with torch.device("meta"):
+            model = new_model(self._backbone.config.architecture)
+        model.load_state_dict(self._average.full(), assign=True)
+        save_backbone(folder, Backbone(model, self._backbone.config), about)
 
 
 def _noise_of(noise: Tensor, frames: slice, step: int) -> Tensor:

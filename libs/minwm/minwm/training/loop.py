@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from minwm.errors import ConfigError, TrainingError
 from minwm.models.checkpoints import check_fit
 from minwm.models.transformer import Transformer
+from minwm.training.average import gathered
 from minwm.training.checkpointing import Best, Checkpoint, Checkpoints, flat
 from minwm.training.engine import Engine, OptimizerConfig, make_engine
 from minwm.training.heldout import HeldOut
 from minwm.training.loader import Loader, MicroBatch, Samples, on_device
 from minwm.training.metrics import Figures, Journal, Pace, Work
-from minwm.training.parallel import Processes, join, whole
+from minwm.training.parallel import Processes
 from minwm.training.run import RunConfig
 from minwm.training.stage import Stage
 
@@ -41,12 +42,14 @@ def train(
     about: dict[str, Any],
     progress: Progress | None = None,
     *,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
     heldout: Samples = (),
     identity: Mapping[str, Any] | None = None,
     work: Work | None = None,
 ) -> None:
     """Train `stage` on `samples` and export the result to `folder/model`.
 
+    processes: that train together; left at the end
     identity: what else decides the run's numbers (stage, dataset, method): a checkpoint that was made with another one
         is refused with a TrainingError that names the difference
     work:     of a step, for the speed figures
@@ -63,7 +66,6 @@ def train(
     made_with |= flat(identity or {})
     checkpoints = Checkpoints(folder, run.keep)
     with ExitStack() as stack:
-        processes = join(run.parallel)
         stack.callback(processes.close)
         check = HeldOut(stage, heldout, run, processes) if run.validate_every else None
         trainer = _Trainer(stage, run, optimizers, folder, processes)
@@ -92,7 +94,7 @@ def train(
         if run.export == "best" and best is not None:
             trainer.load_networks(checkpoints.read(best.step))
         budget = {"steps": run.steps, "batch_size": run.batch_size, "engine": trainer.engine}
-        with whole(parameter for network in stage.networks.values() for parameter in network.parameters()):
+        with gathered(*stage.networks.values(), *stage.frozen.values()):
             if processes.is_main:
                 stage.export(folder / "model", {**about, **budget})
         processes.barrier()

@@ -14,7 +14,7 @@ method: {window: {frames: 8}}    # the stage's own configuration
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minwm.config import build, load_yaml
 from minwm.data.clips import KIND as CLIPS
@@ -40,11 +40,14 @@ from minwm.training.loader import Cached, Samples
 from minwm.training.loop import Progress, train
 from minwm.training.metrics import Work
 from minwm.training.ode import Ode, OdeConfig
+from minwm.training.parallel import Processes, join
 from minwm.training.run import RunConfig
+from minwm.training.sequence import split_sequence
 from minwm.training.stage import Stage
 from minwm.training.trajectories import SamplingConfig, Trajectory, load_trajectories, write_trajectories
 
 PRESET = "preset:"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,8 @@ def run_recipe(recipe: Recipe, folder: Path, progress: Progress | None = None) -
     A run folder's checkpoint fits only the recipe and the dataset it was made with; `data` may lie elsewhere, and
     what does not decide the numbers (steps, checkpoints, logging, accumulation, processes) may change.
     """
-    job = _STAGES[recipe.stage](recipe)
+    processes = join(recipe.run.parallel)  # before the stage, whose averages are spread over them
+    job = _STAGES[recipe.stage](_Request(recipe, processes))
     about = {"stage": recipe.stage, "data": str(recipe.data), "from": recipe.backbone, "dataset": job.digest}
     rest = {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name not in _APART}
     identity = {**rest, "encoders": recipe.encoders and str(recipe.encoders.folder), "dataset": job.digest}
@@ -91,6 +95,7 @@ def run_recipe(recipe: Recipe, folder: Path, progress: Progress | None = None) -
         folder,
         about,
         progress,
+        processes=processes,
         heldout=job.heldout,
         identity=identity,
         work=_work(recipe, job),
@@ -136,6 +141,31 @@ def _backbone(recipe: Recipe | TrajectoriesRecipe, seed: int) -> Backbone:
     return backbone
 
 
+@dataclass(frozen=True)
+class _Request:
+    """A recipe, and the processes that are to run it."""
+
+    recipe: Recipe
+    processes: Processes
+
+    def method(self, config: type[T]) -> T:
+        """The stage's own configuration."""
+        return build(config, self.recipe.method, "method")
+
+    def backbone(self) -> Backbone:
+        """The one to train."""
+        return self._split(_backbone(self.recipe, self.recipe.run.seed))
+
+    def score(self, folder: Path) -> Backbone:
+        """One to train with."""
+        return self._split(load_backbone(folder))
+
+    def _split(self, backbone: Backbone) -> Backbone:
+        if self.processes.sequence_group is not None:
+            split_sequence(backbone.model, self.processes.sequence_group)
+        return backbone
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Job:
     """A stage, and what it is trained on."""
@@ -146,19 +176,19 @@ class _Job:
     digest: str
 
 
-def _autoencoder(recipe: Recipe) -> _Job:
-    config = build(AutoencoderStageConfig, recipe.method, "method")
+def _autoencoder(request: _Request) -> _Job:
+    recipe = request.recipe
+    stage = AutoencoderStage(request.method(AutoencoderStageConfig), recipe.run.seed)
     shards = ShardReader(recipe.data, EPISODES, verify=recipe.run.verify_data)
     episodes = Cached(EpisodeReader(shards), lambda episode: episode.frames.nbytes, recipe.run.cache_gb * 2**30)
-    stage = AutoencoderStage(config, recipe.run.seed)
     return _Job(stage=stage, samples=episodes, heldout=(), digest=shards.manifest.digest())
 
 
-def _on_clips(make: Callable[[Recipe], Stage], *, video: bool = False) -> Callable[[Recipe], _Job]:
-    def prepare(recipe: Recipe) -> _Job:
-        stage = make(recipe)
-        shards = ShardReader(recipe.data, CLIPS, verify=recipe.run.verify_data)
-        heldout = ClipReader(shards, "heldout", video=video) if recipe.run.validate_every else ()
+def _on_clips(make: Callable[[_Request], Stage], *, video: bool = False) -> Callable[[_Request], _Job]:
+    def prepare(request: _Request) -> _Job:
+        stage, run = make(request), request.recipe.run
+        shards = ShardReader(request.recipe.data, CLIPS, verify=run.verify_data)
+        heldout = ClipReader(shards, "heldout", video=video) if run.validate_every else ()
         clips = ClipReader(shards, "train", video=video)
         return _Job(stage=stage, samples=clips, heldout=heldout, digest=shards.manifest.digest())
 
@@ -179,32 +209,26 @@ def _work(recipe: Recipe, job: _Job) -> Work | None:
     return Work(tokens=recipe.run.batch_size * frames * (rows // patch[0]) * (columns // patch[1]))
 
 
-def _dmd(recipe: Recipe) -> Stage:
-    config = build(DMDConfig, recipe.method, "method")
-    return DMD(config, _backbone(recipe, recipe.run.seed), load_backbone(config.score))
+def _dmd(request: _Request) -> Stage:
+    config = request.method(DMDConfig)
+    return DMD(config, request.backbone(), request.score(config.score))
 
 
-def _ode(recipe: Recipe) -> _Job:
-    config = build(OdeConfig, recipe.method, "method")
-    trajectories = load_trajectories(recipe.data)
-    stage = Ode(config, _backbone(recipe, recipe.run.seed), trajectories)
+def _ode(request: _Request) -> _Job:
+    config = request.method(OdeConfig)
+    trajectories = load_trajectories(request.recipe.data)
+    stage = Ode(config, request.backbone(), trajectories)
     return _Job(stage=stage, samples=trajectories.samples, heldout=(), digest=trajectories.digest)
 
 
 _WITHOUT_BACKBONE = ("autoencoder", "decoder")
 _APART = ("data", "run", "optimizers", "encoders")  # of the recipe: what decides the numbers otherwise, or in part
-_STAGES: dict[str, Callable[[Recipe], _Job]] = {
+_STAGES: dict[str, Callable[[_Request], _Job]] = {
     "autoencoder": _autoencoder,
-    "decoder": _on_clips(lambda r: DecoderStage(build(DecoderStageConfig, r.method, "method"), r.run.seed), video=True),
-    "bidirectional": _on_clips(
-        lambda r: Bidirectional(build(BidirectionalConfig, r.method, "method"), _backbone(r, r.run.seed))
-    ),
-    "autoregressive": _on_clips(
-        lambda r: Autoregressive(build(AutoregressiveConfig, r.method, "method"), _backbone(r, r.run.seed))
-    ),
-    "consistency": _on_clips(
-        lambda r: Consistency(build(ConsistencyConfig, r.method, "method"), _backbone(r, r.run.seed))
-    ),
+    "decoder": _on_clips(lambda r: DecoderStage(r.method(DecoderStageConfig), r.recipe.run.seed), video=True),
+    "bidirectional": _on_clips(lambda r: Bidirectional(r.method(BidirectionalConfig), r.backbone())),
+    "autoregressive": _on_clips(lambda r: Autoregressive(r.method(AutoregressiveConfig), r.backbone())),
+    "consistency": _on_clips(lambda r: Consistency(r.method(ConsistencyConfig), r.backbone())),
     "ode": _ode,
     "dmd": _on_clips(_dmd),
 }
