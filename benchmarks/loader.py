@@ -17,6 +17,7 @@ from rich.console import Console
 
 from minwm.data.clips import KIND, ClipReader
 from minwm.data.shards import ShardReader
+from minwm.models.text import byte_tokens
 from minwm.training.batch import Batch, WindowConfig, cut_windows
 from minwm.training.draw import Draw
 from minwm.training.loader import Loader
@@ -31,8 +32,8 @@ class Windows:
         self._window = WindowConfig(frames=frames)
 
     def prepare(self, samples: list[Any], draw: Draw) -> Batch:
-        """A window of each clip; prompts stay text."""
-        return cut_windows(samples, draw, self._window, list)
+        """A window of each clip, its prompt as bytes."""
+        return cut_windows(samples, draw, self._window, lambda prompts: byte_tokens(prompts, 64))
 
 
 def samples_per_second(clips: ClipReader, frames: int, batch: int, steps: int, threads: int) -> float:

@@ -17,6 +17,7 @@ from minwm.errors import ConfigError, MinwmError, TrainingError
 from minwm.models.autoencoder import AutoencoderConfig, DecoderConfig
 from minwm.models.backbones import Backbone
 from minwm.models.layout import LatentLayout
+from minwm.models.text import byte_tokens
 from minwm.training.autoencoder import AutoencoderStage, AutoencoderStageConfig
 from minwm.training.autoregressive import Autoregressive, AutoregressiveConfig
 from minwm.training.batch import WindowConfig, cut_windows
@@ -259,7 +260,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_kept
 def test_a_batch_of_dataclasses_is_kept_as_plain_data(new_clips: NewClips, tmp_path: Path) -> None:
     class Odd(Line):
         def prepare(self, samples: Sequence[Any], draw: Draw) -> Any:
-            return cut_windows(samples, draw, WindowConfig(frames=4), lambda captions: list(captions))
+            return cut_windows(samples, draw, WindowConfig(frames=4), lambda texts: byte_tokens(texts, 12))
 
         def loss(self, turn: str, batch: Any, draw: Draw) -> tuple[Tensor, dict[str, float]]:
             return self.net.weight.sum() * math.inf, {}
@@ -269,7 +270,7 @@ def test_a_batch_of_dataclasses_is_kept_as_plain_data(new_clips: NewClips, tmp_p
     (batch,) = torch.load(tmp_path / "run/bad-batch.pt", weights_only=True)["batches"]
     assert batch["latents"].shape == (2, 4, 4, 4, 6)
     assert batch["conditions"]["cameras"]["viewmats"].shape == (2, 4, 4, 4)
-    assert len(batch["text"]) == 2
+    assert batch["text"].shape == (2, 12)
 
 
 @pytest.mark.parametrize(
