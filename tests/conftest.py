@@ -78,7 +78,7 @@ def tiny_architecture(kind: str, **changes: Any) -> WanConfig | HunyuanConfig:
     return HunyuanConfig(**{"dim": 32, "layers": 2, "heads": 2, "channels": CHANNELS, **sizes, **changes})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_backbone() -> NewBackbone:
     """Makes tiny backbones with random weights: latents have 4 channels and even sides."""
 
@@ -125,7 +125,7 @@ def random_text(config: WanConfig | HunyuanConfig, batch: int, seed: int = 0) ->
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_text() -> Callable[..., Any]:
     """`random_text(architecture, batch, seed=0)`."""
     return random_text
@@ -211,7 +211,7 @@ def new_conditions(new_cameras: Callable[[int, int], Cameras]) -> Callable[[int,
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_clips() -> Callable[[int, int], list[Clip]]:
     """Makes `count` random clips of `frames` latent frames (4 × 4 × 6)."""
 

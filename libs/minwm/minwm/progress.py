@@ -19,11 +19,11 @@ class Report(Protocol):
 
 
 @contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Report]:
-    """Show the progress of `total` units of work."""
+def progress_bar(title: str, total: int, every: int = 0) -> Iterator[Report]:
+    """Show the progress of `total` units of work; without a terminal a line each `every` units, or ten if 0."""
     console = Console()
     if not sys.stdout.isatty():
-        yield _lines(console, title, total)
+        yield _lines(console, title, total, every)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -41,8 +41,8 @@ def progress_bar(title: str, total: int) -> Iterator[Report]:
         yield report
 
 
-def _lines(console: Console, title: str, total: int) -> Report:
-    every = max(1, total // _LINES)
+def _lines(console: Console, title: str, total: int, every: int) -> Report:
+    every = every or max(1, total // _LINES)
 
     def report(done: int, note: str = "") -> None:
         if done % every == 0 or done == total:

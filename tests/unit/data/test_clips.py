@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minwm.data.clips import KIND, Clip, clip_statistics, load_clips
-from minwm.data.shards import ShardWriter
+from minwm.data.clips import KIND, Clip, ClipReader, clip_statistics, load_clips
+from minwm.data.shards import ShardReader, ShardWriter
 from minwm.errors import DataError
 
 pytestmark = pytest.mark.unit
@@ -36,11 +36,47 @@ def test_clips_come_back_bit_for_bit_by_split(new_clips: NewClips, tmp_path: Pat
     assert [clip.name for clip in load_clips(tmp_path / "d", "heldout")[0]] == ["clip-1"]
 
 
+def test_clips_are_read_by_number_with_or_without_their_video(new_clips: NewClips, tmp_path: Path) -> None:
+    clips = new_clips(4, 5)
+    clips[1] = dataclasses.replace(clips[1], split="heldout")
+    with ShardWriter(tmp_path / "d", KIND, shard_bytes=1) as writer:  # a clip a shard
+        for clip in clips:
+            writer.add(clip.name, clip.to_files())
+    shards = ShardReader(tmp_path / "d", KIND)
+    reader, with_video = ClipReader(shards, "train"), ClipReader(shards, "train", video=True)
+    assert len(reader) == 3
+    for index, clip in ((2, clips[3]), (0, clips[0]), (1, clips[2])):
+        for field in dataclasses.fields(Clip):
+            expected = b"" if field.name == "frames" else getattr(clip, field.name)
+            np.testing.assert_array_equal(getattr(reader[index], field.name), expected, err_msg=field.name)
+        assert with_video[index].frames == clip.frames
+    with pytest.raises(DataError, match="clip clip-3: was read without its video"):
+        reader[2].video()
+    with pytest.raises(IndexError):
+        reader[3]
+
+
+def test_a_damaged_clip_is_named_with_its_shard(clip: Clip, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "d", KIND) as writer:
+        writer.add("c1", {**clip.to_files(), "poses.npy": b"nothing"})
+    with pytest.raises(DataError, match=r"shard-00000\.tar: clip c1: cannot be read"):
+        ClipReader(ShardReader(tmp_path / "d", KIND), "train")[0]
+
+
+def test_a_clip_that_names_no_split_is_refused(clip: Clip, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "d", KIND) as writer:
+        writer.add("c1", {**clip.to_files(), "json": b"{}"})
+    with pytest.raises(DataError, match=r"shard-00000\.tar: clip c1: names no split"):
+        ClipReader(ShardReader(tmp_path / "d", KIND), "train")
+
+
 def test_a_split_without_clips_is_refused(clip: Clip, tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "d", KIND) as writer:
         writer.add(clip.name, clip.to_files())
     with pytest.raises(DataError, match="has no clips in split 'heldout', 1 in all"):
         load_clips(tmp_path / "d", "heldout")
+    with pytest.raises(DataError, match="has no clips in split 'heldout', 1 in all"):
+        ClipReader(ShardReader(tmp_path / "d", KIND), "heldout")
 
 
 def test_a_clip_decodes_its_own_frames(clip: Clip) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minwm.data.shards import MANIFEST, ShardWriter, read_manifest, read_samples
+from minwm.data.shards import MANIFEST, ShardReader, ShardWriter, read_manifest, read_samples
 from minwm.errors import DataError
 
 pytestmark = pytest.mark.unit
@@ -47,6 +47,9 @@ def test_samples_come_back_in_order_from_any_number_of_shards(
 ) -> None:
     folder = write(tmp_path_factory.mktemp("data") / "d", samples, shard_bytes)
     assert list(read_samples(folder, "things")) == list(samples.items())
+    reader = ShardReader(folder, "things")
+    numbers = list(range(len(reader)))[::-1]
+    assert {reader.key(number): reader.read(number) for number in numbers} == samples
     manifest = read_manifest(folder, "things")
     assert manifest.samples == len(samples)
     assert manifest.about == {"who": "me"}
@@ -80,6 +83,27 @@ def test_a_corrupt_shard_is_named(dataset: Path, damage: str) -> None:
         path.write_bytes(content[:-5000] if damage == "truncate" else content[:700] + b"X" + content[701:])
     with pytest.raises(DataError, match=r"shard-00001\.tar: (corrupt|is named in the manifest but missing)"):
         list(read_samples(dataset, "things"))
+    with pytest.raises(DataError, match=r"shard-00001\.tar: (corrupt|is named in the manifest but missing)"):
+        ShardReader(dataset, "things")
+
+
+def test_files_that_are_not_wanted_are_not_read(dataset: Path) -> None:
+    reader = ShardReader(dataset, "things")
+    assert reader.read(3, without=("a.npy",)) == {"json": b"{}"}
+    assert reader.shard(3) == dataset / "shard-00001.tar"
+
+
+def test_without_verification_only_sizes_and_headers_are_looked_at(dataset: Path) -> None:
+    path = dataset / "shard-00001.tar"
+    content = path.read_bytes()
+    path.write_bytes(content[:700] + b"X" + content[701:])
+    assert len(ShardReader(dataset, "things", verify=False)) == 6
+    path.write_bytes(b"X" * len(content))
+    with pytest.raises(DataError, match=r"shard-00001\.tar: not a tar file that can be read"):
+        ShardReader(dataset, "things", verify=False)
+    path.write_bytes(content[:-5000])
+    with pytest.raises(DataError, match=r"shard-00001\.tar: corrupt"):
+        ShardReader(dataset, "things", verify=False)
 
 
 def test_an_exception_while_writing_leaves_no_dataset(tmp_path: Path) -> None:

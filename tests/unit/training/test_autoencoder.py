@@ -141,3 +141,13 @@ def test_the_exported_model_s_latents_are_normalised(new_episodes: NewEpisodes, 
         latents, _ = model.encode(frames)
     assert latents.mean((0, 1, 3, 4)).abs().max() < 0.1
     assert (latents.std((0, 1, 3, 4)) - 1).abs().max() < 0.1
+
+
+def test_a_loss_without_gradient_leaves_the_statistics_alone(new_episodes: NewEpisodes) -> None:
+    stage, draw = AutoencoderStage(CONFIG, 0), Draw(0, 0, range(2))
+    batch = stage.prepare(new_episodes(2, 8), draw)
+    with torch.no_grad():
+        stage.loss("autoencoder", batch, draw)
+    assert stage.frozen["moments"].state_dict()["count"] == 0
+    stage.loss("autoencoder", batch, draw)
+    assert stage.frozen["moments"].state_dict()["count"] == 1

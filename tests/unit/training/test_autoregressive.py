@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone
 from minwm.models.cache import KVCache
 from minwm.models.context import History
-from minwm.training.autoregressive import Autoregressive, AutoregressiveConfig, chunk_levels
+from minwm.training.autoregressive import Autoregressive, AutoregressiveConfig
 from minwm.training.batch import Batch
 from minwm.training.draw import Draw
+from minwm.training.levels import LevelsConfig, chunk_levels
 
 pytestmark = pytest.mark.unit
 
@@ -60,3 +62,34 @@ def test_levels_are_uniform_ones_moved_towards_noise_by_the_shift() -> None:
     unwarped = levels / (3 - 2 * levels)  # solves σ' = 3σ / (1 + 2σ) for σ
     quantiles = torch.quantile(unwarped, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
     torch.testing.assert_close(quantiles, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), rtol=0, atol=0.05)
+
+
+def test_weights_of_levels_count_in_the_loss(tiny_backbone: Backbone, batch: Batch, draw: Draw, record: Record) -> None:
+    calls, levels = record(tiny_backbone.model), LevelsConfig(weighting="bell")
+    loss, _ = Autoregressive(AutoregressiveConfig(levels=levels), tiny_backbone).loss("generator", batch, draw)
+    (call,) = calls
+    sigma = call.sigma[:, 8:]
+    error = call.output[:, 8:] - (call.latents[:, 8:] - batch.latents) / sigma
+    expected = (levels.weight(sigma, 3.0) * error.square()).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_context_noise_is_in_the_history_alone_and_is_not_told(
+    tiny_backbone: Backbone, batch: Batch, draw: Draw, record: Record
+) -> None:
+    calls = record(tiny_backbone.model)
+    for context_noise in (0.0, 0.4):
+        Autoregressive(AutoregressiveConfig(context_noise=context_noise), tiny_backbone).loss("generator", batch, draw)
+    true, noisy = calls
+    assert torch.equal(true.latents[:, :8], batch.latents)
+    assert torch.equal(noisy.latents[:, 8:], true.latents[:, 8:]), "what is denoised stays as it was"
+    assert torch.equal(noisy.timesteps, true.timesteps)
+    error = (noisy.latents[:, :8] - batch.latents).unflatten(1, (4, 2)).square().mean((2, 3, 4, 5)).sqrt()
+    assert (error > 0).all()
+    assert (error < 0.4 * 1.7).all(), "of noise less data, √2 in size, at most the highest level"
+    assert len(error.unique()) == 12, "each chunk has a level of its own"
+
+
+def test_context_noise_is_a_level_below_one() -> None:
+    with pytest.raises(ConfigError, match=r"context_noise=1\.0"):
+        AutoregressiveConfig(context_noise=1.0)

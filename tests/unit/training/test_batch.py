@@ -9,7 +9,7 @@ import torch
 from minwm.data.clips import Clip
 from minwm.errors import ConfigError, DataError
 from minwm.models.text import byte_tokens
-from minwm.training.batch import WindowConfig, cut_windows
+from minwm.training.batch import PoseNoise, WindowConfig, cut_windows, window_conditions
 from minwm.training.draw import Draw
 
 pytestmark = pytest.mark.unit
@@ -118,3 +118,50 @@ def test_a_sample_s_window_does_not_depend_on_its_batch(new_clips: NewClips) -> 
 def test_a_clip_shorter_than_the_window_is_named(new_clips: NewClips) -> None:
     with pytest.raises(DataError, match="clip clip-0: has 3 latent frames, windows need 4"):
         cut_windows(new_clips(1, 3), Draw(0, 0, [0]), WindowConfig(frames=4), encode)
+
+
+def test_pose_noise_moves_each_camera_by_its_own_lasting_error_and_nothing_else(new_clips: NewClips) -> None:
+    clips = new_clips(30, 8)
+    config = WindowConfig(frames=8, prompt_dropout=0.0, pose_noise=PoseNoise(translation=0.5, rotation_degrees=3.0))
+    clean = cut_windows(clips, Draw(0, 0, range(30)), WindowConfig(frames=8, prompt_dropout=0.0), encode)
+    noisy, later = (cut_windows(clips, Draw(0, step, range(30)), config, encode) for step in (0, 7))
+    assert torch.equal(noisy.latents, clean.latents)
+    assert torch.equal(noisy.conditions.actions, clean.conditions.actions)
+    assert torch.equal(noisy.text, clean.text)
+    assert torch.equal(noisy.conditions.cameras.viewmats, later.conditions.cameras.viewmats), "an error of the dataset"
+    other = cut_windows(clips, Draw(1, 0, range(30)), config, encode).conditions.cameras
+    assert not torch.equal(other.viewmats, noisy.conditions.cameras.viewmats), "the seed's own"
+    # a motion is off by two frames' errors: √2 of their deviation, about and along each axis
+    off = torch.linalg.solve(clean.conditions.cameras.motions.double(), noisy.conditions.cameras.motions.double())
+    turns = torch.stack([off[:, 1:, 2, 1], off[:, 1:, 0, 2], off[:, 1:, 1, 0]]).rad2deg()
+    assert float(turns.std()) == pytest.approx(3 * 2**0.5, rel=0.1)
+    moves = [np.linalg.inv(clip.poses) @ p for clip, p in zip(clips, _noisy(config, clips), strict=True)]
+    assert float(np.stack(moves)[:, :, :3, 3].std()) == pytest.approx(0.5, rel=0.1)
+
+
+def _noisy(config: WindowConfig, clips: list[Clip]) -> list[np.ndarray]:
+    return [config.pose_noise.applied(clip, Draw(0, 0, [0])) for clip in clips]
+
+
+def test_pose_noise_is_not_negative() -> None:
+    with pytest.raises(ConfigError, match=r"pose_noise: -1\.0"):
+        PoseNoise(translation=-1.0)
+
+
+def test_a_window_of_a_batch_is_what_would_have_been_cut_there(new_clips: NewClips) -> None:
+    """Frames 3 to 7 of a batch of whole clips against batches of the clips' own pieces."""
+    clips = new_clips(3, 9)
+    whole = cut_windows(clips, Draw(0, 0, range(3)), WindowConfig(frames=9, image_dropout=0.5), encode)
+    latents = whole.latents[:, 3:7]
+    got = window_conditions(whole.conditions, latents, 3, 7)
+    assert got.cameras is not None and got.image is not None and got.actions is not None
+    for i, clip in enumerate(clips):
+        expected = [np.linalg.inv(pose) @ clip.poses[3] for pose in clip.poses[3:7]]
+        np.testing.assert_allclose(got.cameras.viewmats[i], expected, atol=1e-4)
+        before = np.linalg.inv(clip.poses[2]) @ clip.poses[3]
+        np.testing.assert_allclose(got.cameras.motions[i, 0], before, atol=1e-4)
+        assert got.actions[i].tolist() == clip.actions[3:7].tolist()
+        shown = bool(whole.conditions.image[i].any())
+        assert torch.equal(got.image[i, :-1], latents[i, 0] * shown)
+        assert got.image[i, -1].eq(float(shown)).all()
+    assert torch.equal(window_conditions(whole.conditions, whole.latents, 0, 4).image, whole.conditions.image)

@@ -13,6 +13,7 @@ from minwm.models.context import Full
 from minwm.training.batch import Batch, WindowConfig
 from minwm.training.bidirectional import Bidirectional, BidirectionalConfig
 from minwm.training.draw import Draw
+from minwm.training.levels import LevelsConfig
 
 pytestmark = pytest.mark.unit
 
@@ -25,14 +26,14 @@ def test_loss_is_the_velocity_s_error_over_the_noisy_frames_alone(
     calls = record(tiny_backbone.model)
     loss, _ = Bidirectional(BidirectionalConfig(), tiny_backbone).loss("generator", batch, draw)
     (call,) = calls
-    errors = [
-        (call.output[b, f] - (call.latents[b, f] - batch.latents[b, f]) / call.sigma[b, f]).square().mean()
-        for b in range(3)
-        for f in range(8)
-        if call.timesteps[b, f] > 0
-    ]
-    assert 0 < len(errors) < 24, "some frames are given, some are not"
-    torch.testing.assert_close(loss, torch.stack(errors).mean(), rtol=1e-3, atol=1e-5)
+    noisy = call.timesteps > 0
+    assert 0 < noisy.sum() < 24, "some frames are given, some are not"
+    clips = []
+    for b in range(3):
+        frames = [f for f in range(8) if noisy[b, f]]
+        error = (call.output[b, f] - (call.latents[b, f] - batch.latents[b, f]) / call.sigma[b, f] for f in frames)
+        clips.append(torch.stack([part.square().mean() for part in error]).mean())
+    torch.testing.assert_close(loss, torch.stack(clips).mean(), rtol=1e-3, atol=1e-5)
     assert call.conditions is batch.conditions
     assert call.context == Full(8)
 
@@ -73,3 +74,15 @@ def test_a_window_of_one_frame_cannot_be_given_a_past() -> None:
     with pytest.raises(ConfigError, match=r"window\.frames=1: expected at least 2 where given_share=0\.5"):
         BidirectionalConfig(window=WindowConfig(frames=1), given_share=0.5)
     BidirectionalConfig(window=WindowConfig(frames=1), given_share=0.0)
+
+
+def test_weights_of_levels_count_in_the_loss(tiny_backbone: Backbone, batch: Batch, draw: Draw, record: Record) -> None:
+    calls, levels = record(tiny_backbone.model), LevelsConfig(density="logit_normal", shift=2.0, weighting="bell")
+    stage = Bidirectional(BidirectionalConfig(given_share=0, levels=levels), tiny_backbone)
+    loss, _ = stage.loss("generator", batch, draw)
+    (call,) = calls
+    error = call.output - (call.latents - batch.latents) / call.sigma
+    expected = (levels.weight(call.sigma, 3.0) * error.square()).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
+    u = draw.normal("level", ()).sigmoid()
+    torch.testing.assert_close(call.sigma[:, 0, 0, 0, 0], 2 * u / (1 + u))

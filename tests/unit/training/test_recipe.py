@@ -1,7 +1,9 @@
 """Recipes: from YAML to a trained model folder, and what is wrong in one."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import yaml
 
 from minwm.data.clips import KIND, Clip
 from minwm.data.shards import ShardWriter, read_manifest
-from minwm.errors import CheckpointError, ConfigError, DataError, InputError
+from minwm.errors import CheckpointError, ConfigError, DataError, InputError, TrainingError
 from minwm.models.backbones import Backbone, load_backbone, save_backbone
 from minwm.training.recipe import load_recipe, run_recipe
 
@@ -46,7 +48,7 @@ def test_every_stage_trains_from_a_recipe_and_says_where_its_model_came_from(
 ) -> None:
     values["stage"] = stage
     if stage == "dmd":
-        values["method"] |= {"score": values["backbone"], "steps": 2}
+        values["method"] |= {"score": values["backbone"], "steps": [1, 2, 4]}
         values["optimizers"]["critic"] = {}
     model = run_recipe(load_recipe(write(tmp_path, values)), tmp_path / "run")
     assert model == tmp_path / "run/model"
@@ -71,6 +73,51 @@ def test_a_recipe_chooses_what_steers_the_model(tmp_path: Path, values: dict[str
     assert trained.model.state_dict()["conditions.action_timestep.mlp.2.weight"].any(), "the new branch was trained"
 
 
+def test_a_run_tells_its_speed_and_its_loss_on_heldout_clips(
+    tmp_path: Path, values: dict[str, Any], new_clips: Callable[[int, int], list[Clip]]
+) -> None:
+    with ShardWriter(tmp_path / "split", KIND) as writer:
+        for clip, split in zip(new_clips(3, 5), ("train", "heldout", "train"), strict=True):
+            writer.add(clip.name, replace(clip, split=split).to_files())
+    values |= {"data": str(tmp_path / "split"), "run": {**values["run"], "validate_every": 2, "loaders": 1}}
+    run_recipe(load_recipe(write(tmp_path, values)), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert ["generator_heldout_loss" in line for line in lines] == [False, True]
+    for line in lines:
+        tokens = line["tokens_per_second"] * line["step_seconds"]
+        assert tokens == pytest.approx(2 * 4 * 6), "two samples of four latent frames of 2 × 3 patches"
+
+
+def test_a_run_goes_on_only_with_the_same_recipe_and_data(
+    tmp_path: Path, values: dict[str, Any], new_clips: Callable[[int, int], list[Clip]]
+) -> None:
+    run_recipe(load_recipe(write(tmp_path, values)), tmp_path / "run")
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    longer = ["run.steps=3", f"data={tmp_path / 'moved'}"]
+    run_recipe(load_recipe(write(tmp_path, values), longer), tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"method.window.prompt_dropout=None where this run has 0.5"):
+        run_recipe(
+            load_recipe(write(tmp_path, values), [*longer, "method.window.prompt_dropout=0.5"]), tmp_path / "run"
+        )
+    with ShardWriter(tmp_path / "other", KIND) as writer:
+        writer.add("clip-9", new_clips(1, 5)[0].to_files())
+    with pytest.raises(TrainingError, match=r"was made with dataset='\w+' where this run has"):
+        run_recipe(
+            load_recipe(write(tmp_path, values), ["run.steps=3", f"data={tmp_path / 'other'}"]), tmp_path / "run"
+        )
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_plain_ones_do(tmp_path: Path, values: dict[str, Any]) -> None:
+    losses = []
+    for compiled in (False, True):
+        values["run"] |= {"compile": compiled, "bf16": False}
+        run_recipe(load_recipe(write(tmp_path, values)), tmp_path / str(compiled))
+        lines = (tmp_path / str(compiled) / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["generator_loss"] for line in lines])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("override", "error", "complaint"),
     [
@@ -86,6 +133,7 @@ def test_a_recipe_chooses_what_steers_the_model(tmp_path: Path, values: dict[str
         ("method.window.frames=3", InputError, "frames=3: expected a multiple of the chunk, 2 latent frames"),
         ("method.window.frames=0", ConfigError, "window: frames=0, .*: expected at least one frame"),
         ("method.window.prompt_dropout=7", ConfigError, "prompt_dropout=7.0, .* shares of 0 to 1"),
+        ("run.validate_every=1", DataError, "has no clips in split 'heldout', 2 in all"),
         ("run.stepz=4", ConfigError, "run.stepz: unknown key, did you mean 'steps'?"),
         ("optimizers.critic.learning_rate=1", ConfigError, r"optimizers: expected exactly \['generator'\]"),
     ],

@@ -6,7 +6,7 @@ as a window in the middle of a session has.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +14,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from minwm.data.shards import Manifest, read_manifest, read_samples
+from minwm.data.shards import Manifest, ShardReader, read_manifest, read_samples
 from minwm.data.video import decode_video, encode_video
 from minwm.errors import DataError
 
 KIND = "clips"
+_ARRAYS = ("latents", "poses", "intrinsics", "actions")
+_VIDEO = "mp4"
 Split = Literal["train", "heldout"]
 
 
@@ -30,7 +32,7 @@ class Clip:
     poses:      (f, 4, 4) float64, camera to world, of the last RGB frame of each latent frame
     intrinsics: (4,) float32
     actions:    (f,) int64, the motion from the previous latent frame's pose (81 classes)
-    frames:     H.264 file of the 4·f RGB frames; decoded by `video`
+    frames:     H.264 file of the 4·f RGB frames, decoded by `video`; empty where it was not read
     notes:      what annotated the clip, and how sure it was
     """
 
@@ -57,35 +59,59 @@ class Clip:
             raise DataError(f"clip {self.name}: a pose is not finite")
 
     def video(self) -> NDArray[np.uint8]:
-        """The true RGB frames (4·f, y, x, 3)."""
+        """The true RGB frames (4·f, y, x, 3). Raises DataError where the clip was read without them."""
+        if not self.frames:
+            raise DataError(f"clip {self.name}: was read without its video")
         return decode_video(self.frames, where=f"clip {self.name}", expect=4 * len(self.latents))
 
     def to_files(self) -> dict[str, bytes]:
         """The files of this clip's shard sample."""
         about = {"episode": self.episode, "split": self.split, "caption": self.caption, "notes": self.notes}
-        arrays: dict[str, NDArray[Any]] = {
-            "latents": self.latents,
-            "poses": self.poses,
-            "intrinsics": self.intrinsics,
-            "actions": self.actions,
-        }
-        files = {f"{name}.npy": _npy(array) for name, array in arrays.items()}
-        return {**files, "mp4": self.frames, "json": json.dumps(about).encode()}
+        files = {f"{name}.npy": _npy(getattr(self, name)) for name in _ARRAYS}
+        return {**files, _VIDEO: self.frames, "json": json.dumps(about).encode()}
 
     @classmethod
-    def from_files(cls, name: str, files: dict[str, bytes]) -> "Clip":
+    def from_files(cls, name: str, files: Mapping[str, bytes]) -> "Clip":
         """The inverse of `to_files`. Raises DataError naming a missing or damaged file."""
         try:
             about = json.loads(files["json"])
-            arrays = {
-                part: np.load(io.BytesIO(files[f"{part}.npy"]), allow_pickle=False)
-                for part in ("latents", "poses", "intrinsics", "actions")
-            }
-            return cls(name=name, frames=files["mp4"], **arrays, **about)
+            arrays = {part: np.load(io.BytesIO(files[f"{part}.npy"]), allow_pickle=False) for part in _ARRAYS}
+            return cls(name=name, frames=files[_VIDEO], **arrays, **about)
         except KeyError as error:
             raise DataError(f"clip {name}: lacks the file {error.args[0]}, has {sorted(files)}") from error
         except (ValueError, TypeError, EOFError) as error:
             raise DataError(f"clip {name}: cannot be read ({error})") from error
+
+
+class ClipReader:
+    """The clips of a split by number, each read from its shard when it is asked for; videos only where `video` is set.
+
+    Several threads may ask at once. Raises DataError when the split has no clips, and names a damaged one's shard.
+    """
+
+    def __init__(self, shards: ShardReader, split: Split, *, video: bool = False) -> None:
+        self._shards, self._without = shards, () if video else (_VIDEO,)
+        self._numbers = [number for number in range(len(shards)) if _split(shards, number) == split]
+        if not self._numbers:
+            raise DataError(f"{shards.shard(0).parent}: has no clips in split {split!r}, {len(shards)} in all")
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Clip:
+        number = self._numbers[index]
+        files = self._shards.read(number, self._without)
+        try:
+            return Clip.from_files(self._shards.key(number), {**dict.fromkeys(self._without, b""), **files})
+        except DataError as error:
+            raise DataError(f"{self._shards.shard(number)}: {error}") from error
+
+
+def _split(shards: ShardReader, number: int) -> str:
+    try:
+        return str(json.loads(shards.read(number, (_VIDEO, *(f"{name}.npy" for name in _ARRAYS)))["json"])["split"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{shards.shard(number)}: clip {shards.key(number)}: names no split ({error!r})") from error
 
 
 def load_clips(folder: Path, split: Split | None = None) -> tuple[list[Clip], Manifest]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minwm.data.shards import Manifest, ShardWriter, read_manifest, read_samples
+from minwm.data.shards import Manifest, ShardReader, ShardWriter, read_manifest, read_samples
 from minwm.data.video import decode_video, encode_video
 from minwm.errors import DataError
 
@@ -110,6 +110,17 @@ def iterate_episodes(folder: Path) -> Iterator[Episode]:
         yield Episode.from_files(name, files)
 
 
-def load_episodes(folder: Path) -> tuple[list[Episode], Manifest]:
-    """All recordings of a dataset, in memory."""
-    return list(iterate_episodes(folder)), read_manifest(folder, KIND)
+class EpisodeReader:
+    """Recordings by number, each read and decoded when it is asked for; from any number of threads."""
+
+    def __init__(self, shards: ShardReader) -> None:
+        self._shards = shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, number: int) -> Episode:
+        try:
+            return Episode.from_files(self._shards.key(number), self._shards.read(number))
+        except DataError as error:
+            raise DataError(f"{self._shards.shard(number)}: {error}") from error

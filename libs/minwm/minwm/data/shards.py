@@ -2,7 +2,8 @@
 
 A sample is a key and a few files (`000007.latents.npy`, `000007.json`); samples lie one after
 another in `shard-00000.tar`, … The manifest counts and checksums the shards and carries what the
-writer says of the whole. It is written last: a folder without one is not a dataset.
+writer says of the whole. It is written last: a folder without one is not a dataset. Samples are read in
+written order (`read_samples`) or by number (`ShardReader`).
 """
 
 import hashlib
@@ -10,11 +11,11 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from minwm.errors import DataError
 
@@ -147,29 +148,79 @@ def read_samples(folder: Path, kind: str) -> Iterator[tuple[str, dict[str, bytes
     Raises DataError naming the shard whose checksum differs from the manifest's.
     """
     for shard in read_manifest(folder, kind).shards:
-        path = folder / shard.name
-        if not path.is_file():
-            raise DataError(f"{path}: is named in the manifest but missing")
-        if _sha256(path) != shard.sha256:
-            raise DataError(f"{path}: corrupt (its checksum differs from the manifest's)")
-        yield from _read_tar(path)
+        path = _checked(folder, shard)
+        with path.open("rb") as file:
+            for key, places in _index(path):
+                yield key, {extension: _read(file, place) for extension, place in places.items()}
 
 
-def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    key, files = "", dict[str, bytes]()
-    with tarfile.open(path) as tar:
-        for entry in tar:
-            entry_key, _, extension = entry.name.partition(".")
-            content = tar.extractfile(entry)
-            if content is None:
-                raise DataError(f"{path}: {entry.name} is not a file")
-            if entry_key != key and files:
-                yield key, files
-                files = {}
-            key = entry_key
-            files[extension] = content.read()
-    if files:
-        yield key, files
+class ShardReader:
+    """Samples by number, from any number of threads; what is in memory is an index of the tar headers.
+
+    Raises DataError naming the shard that is missing or whose size, or checksum unless `verify` is off, differs from
+    the manifest's.
+    """
+
+    def __init__(self, folder: Path, kind: str, *, verify: bool = True) -> None:
+        self.manifest = read_manifest(folder, kind)
+        paths = [_checked(folder, shard, verify) for shard in self.manifest.shards]
+        self._samples = [(path, key, places) for path in paths for key, places in _index(path)]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def key(self, number: int) -> str:
+        """The sample's key."""
+        return self._samples[number][1]
+
+    def shard(self, number: int) -> Path:
+        """The tar file that the sample lies in."""
+        return self._samples[number][0]
+
+    def read(self, number: int, without: Collection[str] = ()) -> dict[str, bytes]:
+        """The sample's files by extension; those in `without` are not touched."""
+        path, _, places = self._samples[number]
+        with path.open("rb") as file:
+            return {extension: _read(file, place) for extension, place in places.items() if extension not in without}
+
+
+_Place = tuple[int, int]
+"""Offset and size of a file inside a tar file, in bytes."""
+
+
+def _checked(folder: Path, shard: Shard, verify: bool = True) -> Path:
+    path = folder / shard.name
+    if not path.is_file():
+        raise DataError(f"{path}: is named in the manifest but missing")
+    if path.stat().st_size != shard.bytes or (verify and _sha256(path) != shard.sha256):
+        raise DataError(f"{path}: corrupt (its size or checksum differs from the manifest's)")
+    return path
+
+
+def _index(path: Path) -> Iterator[tuple[str, dict[str, _Place]]]:
+    """Every sample's key, and where its files lie."""
+    key, places = "", dict[str, _Place]()
+    try:
+        with tarfile.open(path) as tar:
+            for entry in tar:
+                entry_key, _, extension = entry.name.partition(".")
+                if not entry.isfile():
+                    raise DataError(f"{path}: {entry.name} is not a file")
+                if entry_key != key and places:
+                    yield key, places
+                    places = {}
+                key = entry_key
+                places[extension] = (entry.offset_data, entry.size)
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: not a tar file that can be read ({error})") from error
+    if places:
+        yield key, places
+
+
+def _read(file: BinaryIO, place: _Place) -> bytes:
+    offset, size = place
+    file.seek(offset)
+    return file.read(size)
 
 
 def _sha256(path: Path) -> str:

@@ -91,6 +91,13 @@ class Context(Protocol):
         """Attention of one layer, (b, n, h, d)."""
 
 
+class Bidirectional(Context, Protocol):
+    """A context in which a text stream sees the frames as they see each other."""
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, beside: Beside) -> Tensor:
+        """Attention (b, l, h, d) of text queries to what is beside the frames and to all frames."""
+
+
 @dataclass(frozen=True)
 class Full:
     """Every frame sees every frame: bidirectional."""
@@ -108,6 +115,9 @@ class Full:
         keys, values = beside.repeated(q.shape[2])
         mask = beside.key_mask(k.shape[1])
         return attention(q, torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1), mask)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, beside: Beside) -> Tensor:
+        return self.attend(0, q, k, v, beside)  # whose queries they are makes no difference where all see all
 
 
 @dataclass(frozen=True)

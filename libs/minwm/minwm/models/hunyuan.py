@@ -25,7 +25,7 @@ from minwm.models.conditions import (
     Steering,
     require_known,
 )
-from minwm.models.context import Beside, Context, History, attention
+from minwm.models.context import Beside, Bidirectional, Context, History, attention
 from minwm.models.hunyuan_text import (
     GlyphProjection,
     HunyuanText,
@@ -186,8 +186,8 @@ class DoubleBlock(nn.Module):
         q, k, v = self._heads("img", x, modulation)
         text_q, text_k, text_v = self._heads("txt", text, text_modulation)
         beside = Beside(text_k.to(v.dtype), text_v, mask)
-        keys = torch.cat([beside.keys, rotate(k, step.rotation).to(v.dtype)], 1)
-        read = attention(text_q.to(v.dtype), keys, torch.cat([text_v, v], 1), beside.key_mask(k.shape[1]))
+        placed = rotate(k, step.rotation).to(v.dtype)
+        read = cast(Bidirectional, step.context).read(text_q.to(v.dtype), placed, v, beside)
         x = self._image(x, modulation, (q, k, v), beside, layer, step)
         return x, self._finish("txt", text, text_modulation, self._part("txt_attn_proj", read.flatten(2)))[:, 0]
 

@@ -108,7 +108,8 @@ class AutoencoderStage:
         latents, _ = self.model.encode(batch)
         noise = draw.normal("latent noise", latents.shape[1:])
         frames, _ = self.model.decode(latents + self._config.latent_noise * noise)
-        self._moments.update(latents.float(), MOMENTS_WEIGHT)
+        if torch.is_grad_enabled():  # not where a held-out loss is asked for
+            self._moments.update(latents.float(), MOMENTS_WEIGHT)
         loss, psnr = reconstruction_loss(frames.float() - batch, self._config.edge_weight)
         size = latents.float().square().mean()
         return loss + self._config.latent_weight * size, {"psnr": psnr, "latent_rms": float(size.detach().sqrt())}

@@ -1,16 +1,20 @@
-"""The command `minwm train`."""
+"""The command `minwm train`, and those beside it."""
 
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from minwm.progress import progress_bar
+from minwm.progress import Report, progress_bar
+from minwm.training.trajectory_commands import trajectories
 
 
 def register(app: typer.Typer) -> None:
-    """Add `train` to the command line."""
+    """Add `train` and `trajectories` to the command line."""
     app.command(name="train")(train)
+    app.command(name="trajectories")(trajectories)
 
 
 def train(
@@ -21,14 +25,18 @@ def train(
     ] = None,
 ) -> None:
     """Run one training stage; the model lands in OUT/model."""
+    from minwm.training.metrics import summary
     from minwm.training.recipe import load_recipe, run_recipe
 
     loaded = load_recipe(recipe, set_ or [])
-    with progress_bar(loaded.stage, loaded.run.steps) as report:
+    with ExitStack() as bars:
 
         def show(done: int, total: int, figures: dict[str, float]) -> None:
-            losses = (f"{name} {value:.4f}" for name, value in figures.items() if name.endswith(("loss", "psnr")))
-            report(done, ", ".join(losses))
+            if not shown:  # the bar begins with the first step: only the main process takes part in it
+                shown.append(bars.enter_context(progress_bar(loaded.stage, total, loaded.run.log_every)))
+            shown[0](done, summary(figures))
 
+        shown: list[Report] = []
         folder = run_recipe(loaded, out, show)
-    typer.echo(f"model in {folder}")
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(f"model in {folder}")

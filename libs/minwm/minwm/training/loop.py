@@ -1,175 +1,238 @@
-"""The training loop: data in a keyed order, stages, engines, checkpoints, a log. Knows no method.
+"""The training loop: data in a keyed order, stages, engines, checkpoints, figures. Knows no method.
 
-A run folder holds `log.jsonl` (a line per step), `checkpoint.pt` (replaced whole every
-`checkpoint_every` steps; starting the same run again goes on from it) and, at the end, `model/`.
+A run folder holds `log.jsonl` (a line per step), `checkpoints/` and, at the end, `model/`. Starting the same run again
+goes on from its newest whole checkpoint, to the same end bit for bit.
 """
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from minwm.errors import ConfigError, TrainingError
 from minwm.models.checkpoints import check_fit
-from minwm.randomness import generator
-from minwm.training.draw import Draw
-from minwm.training.engine import Engine, EngineName, OptimizerConfig, make_engine
+from minwm.models.transformer import Transformer
+from minwm.training.average import gathered
+from minwm.training.checkpointing import Best, Checkpoint, Checkpoints, flat
+from minwm.training.engine import Engine, OptimizerConfig, make_engine
+from minwm.training.heldout import HeldOut
+from minwm.training.loader import Loader, MicroBatch, Samples, on_device
+from minwm.training.metrics import Figures, Journal, Pace, Work
+from minwm.training.parallel import Processes
+from minwm.training.run import RunConfig
 from minwm.training.stage import Stage
 
+BAD_BATCH = "bad-batch.pt"
 Progress = Callable[[int, int, dict[str, float]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """How long and how to run. A step sees `batch_size` samples, in `accumulation` equal parts."""
-
-    steps: int
-    batch_size: int
-    accumulation: int = 1
-    seed: int = 0
-    bf16: bool = True
-    engine: EngineName = "auto"
-    checkpoint_every: int = 200
-
-    def __post_init__(self) -> None:
-        smallest = min(self.steps, self.batch_size, self.accumulation, self.checkpoint_every)
-        if smallest < 1 or self.batch_size % self.accumulation:
-            raise ConfigError(
-                f"run: steps={self.steps}, batch_size={self.batch_size}, accumulation={self.accumulation}, "
-                f"checkpoint_every={self.checkpoint_every}: "
-                "expected positive numbers and a batch that divides into the parts"
-            )
+"""Told after every step, on the main process: steps done, of how many, and the step's figures."""
 
 
 def train(
     stage: Stage,
-    samples: Sequence[Any],
+    samples: Samples,
     run: RunConfig,
     optimizers: dict[str, OptimizerConfig],
     folder: Path,
     about: dict[str, Any],
     progress: Progress | None = None,
+    *,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    heldout: Samples = (),
+    identity: Mapping[str, Any] | None = None,
+    work: Work | None = None,
 ) -> None:
     """Train `stage` on `samples` and export the result to `folder/model`.
 
-    Raises TrainingError when a loss or a gradient is not finite; the checkpoint of the last good steps stays.
+    processes: that train together; left at the end
+    identity: what else decides the run's numbers (stage, dataset, method): a checkpoint that was made with another one
+        is refused with a TrainingError that names the difference
+    work:     of a step, for the speed figures
+
+    Raises TrainingError when a loss or a gradient is not finite: the checkpoints of good steps stay, and
+    `folder/bad-batch.pt` holds the batch.
     """
-    if not samples:
+    if not len(samples):
         raise TrainingError("the dataset has no samples to train on")
     if missing := stage.networks.keys() ^ optimizers.keys():
         raise ConfigError(f"optimizers: expected exactly {sorted(stage.networks)}, differs in {sorted(missing)}")
     folder.mkdir(parents=True, exist_ok=True)
-    engines = {name: make_engine(run.engine, net, optimizers[name]) for name, net in stage.networks.items()}
-    start = _resume(folder, stage, engines, run)
-    order = _Order(run.seed, len(samples))
-    started = time.monotonic()
-    _keep_lines(folder / "log.jsonl", start)
-    with (folder / "log.jsonl").open("a") as log:
-        for step in range(start, run.steps):
-            figures = _step(stage, engines, samples, order, run, optimizers, step)
-            figures["seconds"] = round(time.monotonic() - started, 3)
-            log.write(json.dumps({"step": step, **figures}) + "\n")
-            log.flush()
-            if progress is not None:
-                progress(step + 1, run.steps, figures)
-            if (step + 1) % run.checkpoint_every == 0 and step + 1 < run.steps:
-                _save(folder, stage, engines, run, step + 1)
-    _save(folder, stage, engines, run, run.steps)
-    engine = ", ".join(sorted({engine.name for engine in engines.values()}))
-    budget = {"steps": run.steps, "batch_size": run.batch_size, "engine": engine}
-    stage.export(folder / "model", {**about, **budget})
+    made_with = flat({"run": run.decides(), "optimizers": {n: asdict(o) for n, o in optimizers.items()}})
+    made_with |= flat(identity or {})
+    checkpoints = Checkpoints(folder, run.keep)
+    with ExitStack() as stack:
+        stack.callback(processes.close)
+        check = HeldOut(stage, heldout, run, processes) if run.validate_every else None
+        trainer = _Trainer(stage, run, optimizers, folder, processes)
+        start, best = trainer.begin(checkpoints.newest(), made_with)
+        batches = stack.enter_context(Loader(stage, samples, run, processes)).steps(start)
+        journal = stack.enter_context(Journal(folder, run, start)) if processes.is_main else None
+        pace = Pace(run, work, processes.device, processes.world)
+        for done in range(start + 1, run.steps + 1):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
+            figures = trainer.step(done - 1, batch)
+            better = _checked(check, done, figures, best) if check and done % run.validate_every == 0 else None
+            best = better or best
+            figures.pace.update(pace.of_step(waited))
+            if journal is not None:
+                journal.write(done - 1, figures)
+                if progress is not None:
+                    progress(done, run.steps, figures.flat())
+            if better or done % run.checkpoint_every == 0 or done == run.steps:
+                state = trainer.state()
+                if journal is not None:
+                    journal.flush()
+                    checkpoints.save(done, state, made_with, best)
+                processes.barrier()
+        if run.export == "best" and best is not None:
+            trainer.load_networks(checkpoints.read(best.step))
+        budget = {"steps": run.steps, "batch_size": run.batch_size, "engine": trainer.engine}
+        with gathered(*stage.networks.values(), *stage.frozen.values()):
+            if processes.is_main:
+                stage.export(folder / "model", {**about, **budget})
+        processes.barrier()
 
 
-def _step(
-    stage: Stage,
-    engines: dict[str, Engine],
-    samples: Sequence[Any],
-    order: "_Order",
-    run: RunConfig,
-    optimizers: dict[str, OptimizerConfig],
-    step: int,
-) -> dict[str, float]:
-    """One update of each network whose turn it is; the figures to log."""
-    figures: dict[str, float] = {}
-    numbers = range(step * run.batch_size, (step + 1) * run.batch_size)
-    part = run.batch_size // run.accumulation
-    for turn in stage.turns(step):
-        total = 0.0
-        for first in range(0, run.batch_size, part):
-            chosen = numbers[first : first + part]
-            draw = Draw(run.seed, step, chosen)
-            batch = stage.prepare([samples[order[n]] for n in chosen], draw)
-            with torch.autocast("cpu", torch.bfloat16) if run.bf16 else nullcontext():
-                loss, extra = stage.loss(turn, batch, draw)
+def _checked(check: HeldOut, done: int, figures: Figures, best: Best | None) -> Best | None:
+    """Add the held-out losses to the figures; the new best if the first network's is the lowest so far."""
+    losses = check.losses()
+    for name, loss in losses.items():
+        figures.networks.setdefault(name, {})["heldout_loss"] = loss
+    loss = next(iter(losses.values()))
+    return Best(step=done, loss=loss) if loss < (best.loss if best else math.inf) else None
+
+
+class _Trainer:
+    """The networks under their engines: a step, and the state between steps."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        run: RunConfig,
+        optimizers: Mapping[str, OptimizerConfig],
+        folder: Path,
+        processes: Processes,
+    ) -> None:
+        self._stage, self._run, self._optimizers = stage, run, optimizers
+        self._folder, self._processes = folder, processes
+        self._networks = {**stage.networks, **stage.frozen}
+        self._engines: dict[str, Engine] = {}
+
+    def begin(self, checkpoint: Checkpoint | None, made_with: Mapping[str, Any]) -> tuple[int, Best | None]:
+        """Make the engines, from a checkpoint's state if there is one: the steps it has done, and the best of them."""
+        exact = checkpoint is not None and checkpoint.made_with == made_with
+        if checkpoint is not None:
+            if not exact and self._run.resume == "exact":
+                checkpoint.require(made_with)
+            if checkpoint.step > self._run.steps:
+                raise TrainingError(f"{checkpoint.path}: has done more than run.steps={self._run.steps}")
+            self.load_networks(checkpoint)
+        for network in self._networks.values():
+            network.to(self._processes.device)
+            if self._run.compile:
+                _compile_blocks(network)
+        for name, network in self._stage.networks.items():
+            config = self._optimizers[name]
+            self._engines[name] = make_engine(self._run.engine, network, config, self._run.parallel, self._processes)
+        if checkpoint is None:
+            return 0, None
+        if not exact:
+            return checkpoint.step, None
+        for name, engine in self._engines.items():
+            engine.load_state_dict(checkpoint.state["engines"][name])
+        return checkpoint.step, checkpoint.best
+
+    def load_networks(self, checkpoint: Checkpoint) -> None:
+        """Take a checkpoint's weights. Raises TrainingError or CheckpointError when they are of other networks."""
+        found = checkpoint.state["networks"]
+        if self._networks.keys() != found.keys():
+            raise TrainingError(
+                f"{checkpoint.path}: holds the networks {sorted(found)}, this run has {sorted(self._networks)}; "
+                "use another folder"
+            )
+        for name, network in self._networks.items():
+            check_fit(network.state_dict(), found[name], where=f"{checkpoint.path}, {name}")
+            network.load_state_dict(found[name])
+
+    @property
+    def engine(self) -> str:
+        """What trained the networks, for people."""
+        return ", ".join(sorted({engine.name for engine in self._engines.values()}))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the steps to come depend on; asked on every process."""
+        trained = {name: engine.weights() for name, engine in self._engines.items()}
+        frozen = {name: network.state_dict() for name, network in self._stage.frozen.items()}
+        engines = {name: engine.state_dict() for name, engine in self._engines.items()}
+        return {"networks": {**trained, **frozen}, "engines": engines}
+
+    def step(self, step: int, parts: list[MicroBatch]) -> Figures:
+        """One update of each network whose turn it is."""
+        contents = [on_device(part.content, self._processes.device) for part in parts]
+        figures = Figures()
+        for turn in self._stage.turns(step):
+            figures.networks[turn], own = self._update(turn, step, parts, contents)
+            figures.stage.update(own)
+        self._stage.after_step(step)
+        return figures
+
+    def _update(
+        self, turn: str, step: int, parts: list[MicroBatch], contents: list[Any]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The figures of the network and the stage's own: means over the parts and the processes."""
+        total, own = 0.0, dict[str, float]()
+        for part, content in zip(parts, contents, strict=True):
+            with self._run.precision(self._processes.device):
+                loss, extra = self._stage.loss(turn, content, part.draw)
             if not torch.isfinite(loss):
-                raise TrainingError(f"step {step}: the loss of {turn} is {loss.item()}, samples {list(chosen)}")
-            engines[turn].backward(loss / run.accumulation)
-            total += loss.item() / run.accumulation
-        norm = engines[turn].step(optimizers[turn].rate(step, run.steps))
+                raise self._stopped(turn, step, [part], f"the loss of {turn} is {loss.item()}")
+            self._engines[turn].backward(loss / len(parts))
+            total += loss.item() / len(parts)
+            for name, value in extra.items():
+                own[name] = own.get(name, 0.0) + value / len(parts)
+        rate = self._optimizers[turn].rate(step, self._run.steps)
+        norm = self._engines[turn].step(rate)
         if not math.isfinite(norm):
-            raise TrainingError(f"step {step}: the gradient of {turn} has norm {norm}, its loss was {total}")
-        figures |= {f"{turn}_loss": total, f"{turn}_grad_norm": norm, **extra}
-    stage.after_step(step)
-    return figures
+            raise self._stopped(turn, step, parts, f"the gradient of {turn} has norm {norm}, its loss was {total}")
+        mean = self._processes.mean
+        network = {"loss": mean(total), "grad_norm": norm, "learning_rate": rate}
+        return network, {name: mean(value) for name, value in own.items()}
+
+    def _stopped(self, turn: str, step: int, parts: list[MicroBatch], what: str) -> TrainingError:
+        """The error that ends the run; what it happened on is kept in the run folder."""
+        path = self._folder / BAD_BATCH
+        names = [name for part in parts for name in part.names]
+        numbers = [number for part in parts for number in part.draw.samples]
+        draws = {"seed": self._run.seed, "step": step, "numbers": numbers}
+        batches = [_plain(part.content) for part in parts]
+        torch.save({"network": turn, "draws": draws, "samples": names, "batches": batches}, path)
+        return TrainingError(f"step {step}: {what}; samples {', '.join(names)}; the batch is in {path}")
 
 
-def _keep_lines(log: Path, count: int) -> None:
-    """Cut a log, a line per step, after `count` lines: steps after the checkpoint are done, and logged, again."""
-    if log.is_file():
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:count]))
+def _compile_blocks(network: nn.Module) -> None:
+    """Compile a transformer's blocks, each for itself: they are alike, so one compilation serves them all."""
+    if isinstance(network, Transformer):
+        for layers in network.children():
+            if isinstance(layers, nn.ModuleList):
+                for block in layers:
+                    block.compile(dynamic=False)
 
 
-class _Order:
-    """An endless order of a dataset's samples, shuffled anew, by key, in every epoch."""
-
-    def __init__(self, seed: int, count: int) -> None:
-        self._seed, self._count = seed, count
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-
-    def __getitem__(self, number: int) -> int:
-        epoch, place = divmod(number, self._count)
-        if epoch != self._epoch:
-            shuffled = torch.randperm(self._count, generator=generator(self._seed, epoch, "order"))
-            self._epoch, self._order = epoch, shuffled
-        return int(self._order[place])
-
-
-def _save(folder: Path, stage: Stage, engines: dict[str, Engine], run: RunConfig, step: int) -> None:
-    networks = {**stage.networks, **stage.frozen}
-    state = {
-        "step": step,
-        "seed": run.seed,
-        "networks": {name: net.state_dict() for name, net in networks.items()},
-        "engines": {name: engine.state_dict() for name, engine in engines.items()},
-    }
-    partial = folder / "checkpoint.pt.tmp"
-    torch.save(state, partial)
-    os.replace(partial, folder / "checkpoint.pt")
-
-
-def _resume(folder: Path, stage: Stage, engines: dict[str, Engine], run: RunConfig) -> int:
-    path = folder / "checkpoint.pt"
-    if not path.is_file():
-        return 0
-    state = torch.load(path, weights_only=True)
-    if state["seed"] != run.seed:
-        raise TrainingError(f"{path}: was made with seed {state['seed']}, this run has {run.seed}; use another folder")
-    networks = {**stage.networks, **stage.frozen}
-    if networks.keys() != state["networks"].keys():
-        raise TrainingError(
-            f"{path}: holds the networks {sorted(state['networks'])}, this run has {sorted(networks)}; "
-            "use another folder"
-        )
-    for name, network in networks.items():
-        check_fit(network.state_dict(), state["networks"][name], where=f"{path}, {name}")
-        network.load_state_dict(state["networks"][name])
-    for name, engine in engines.items():
-        engine.load_state_dict(state["engines"][name])
-    return int(state["step"])
+def _plain(content: Any) -> Any:
+    """A batch as mappings, lists, tensors and text, which `torch.load` reads without trusting the file."""
+    if isinstance(content, Tensor):
+        return content.detach().cpu()
+    if is_dataclass(content):
+        return {field.name: _plain(getattr(content, field.name)) for field in fields(content)}
+    if isinstance(content, Mapping):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return content if isinstance(content, int | float | str | None) else repr(content)
