@@ -39,7 +39,8 @@ RUNS: list[tuple[str, EngineName, int]] = [
     ("dmd", "deepspeed", 3),
 ]
 BATCH, HALF, WHOLE = 4, 2, 3  # samples a step; steps to the checkpoint, and in all
-TOLERANCE = 2e-6  # of weights and moments, in float32; a step moves weights by 1e-3
+# In float32. A step moves weights by 1e-3, also where a gradient is as small as its own rounding (AdamW divides by it).
+TOLERANCE = {"networks": 1e-5, "frozen": 1e-5, "engines": 1e-8}
 
 
 def new_stage(folder: Path, method: str) -> Stage:
@@ -180,15 +181,15 @@ def outcome(
     return Outcome(folder, alone, launch(Path(__file__), folder))
 
 
-def require_close(found: Any, expected: Any, where: str = "") -> None:
-    """The same tree of tensors, each within the tolerance."""
+def require_close(found: Any, expected: Any, where: tuple[str, ...] = ()) -> None:
+    """The same tree of tensors, each within the tolerance of its part of a checkpoint."""
     if isinstance(expected, Tensor):
         off = float((found - expected).abs().max())
-        assert off <= TOLERANCE, f"{where}: is off by {off}"
+        assert off <= TOLERANCE[where[0]], f"{' '.join(where)}: is off by {off}"
     elif isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for name, value in expected.items():
-            require_close(found[name], value, f"{where} {name}")
+            require_close(found[name], value, (*where, name))
     else:
         assert found == expected, where
 
