@@ -1,7 +1,10 @@
 """What the stages' tests share: a batch of random clips, and a record of what a network was asked."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,3 +62,16 @@ def draw() -> Draw:
 def batch(new_clips: Callable[[int, int], list[Clip]], tiny_backbone: Backbone, draw: Draw) -> Batch:
     """Three windows of 8 latent frames."""
     return cut_windows(new_clips(3, 10), draw, WindowConfig(frames=8), tiny_backbone.encode)
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[[Path, Path], list[dict[str, Any]]]:
+    """Runs a script with a folder as its argument, as two processes under torchrun; what each saved there."""
+
+    def run(script: Path, folder: Path) -> list[dict[str, Any]]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+        done = subprocess.run([*torchrun, str(script), str(folder)], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [torch.load(folder / f"found-{rank}.pt") for rank in range(2)]
+
+    return run

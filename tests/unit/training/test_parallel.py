@@ -4,7 +4,6 @@ The file is also the script that the two processes run.
 """
 
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,8 +38,9 @@ RUNS: list[tuple[str, EngineName, int]] = [
     *(("autoregressive", "deepspeed", zero) for zero in range(4)),
     ("dmd", "deepspeed", 3),
 ]
-BATCH, HALF, WHOLE = 4, 2, 4  # samples a step; steps to the checkpoint, and in all
-TOLERANCE = 2e-6  # of weights and moments, in float32; a step moves weights by 1e-3
+BATCH, HALF, WHOLE = 4, 2, 3  # samples a step; steps to the checkpoint, and in all
+# In float32. A step moves weights by 1e-3, also where a gradient is as small as its own rounding (AdamW divides by it).
+TOLERANCE = {"networks": 1e-5, "frozen": 1e-5, "engines": 1e-8}
 
 
 def new_stage(folder: Path, method: str) -> Stage:
@@ -48,7 +48,11 @@ def new_stage(folder: Path, method: str) -> Stage:
     if method == "autoregressive":
         return Autoregressive(AutoregressiveConfig(window=WINDOW), backbone)
     config = DMDConfig(window=WINDOW, score=folder / "backbone", steps=2, critic_ratio=2)
-    return DMD(config, backbone, load_backbone(config.score))
+    stage = DMD(config, backbone, load_backbone(config.score))
+    with torch.no_grad():  # a critic that differs from the score already
+        for parameter in stage.networks["critic"].parameters():
+            parameter.mul_(1.01)
+    return stage
 
 
 def train(
@@ -132,14 +136,6 @@ def main(folder: Path) -> None:
     processes.close()
 
 
-def launch(script: Path, folder: Path) -> list[dict[str, Any]]:
-    """Run a script as two processes under torchrun; what each found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, folder]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"found-{rank}.pt") for rank in range(2)]
-
-
 class Alone:
     """The same training by one process without DeepSpeed, with whole batches."""
 
@@ -174,6 +170,7 @@ def outcome(
     tmp_path_factory: pytest.TempPathFactory,
     new_backbone: Callable[..., Backbone],
     new_clips: Callable[[int, int], list[Clip]],
+    launch: Callable[[Path, Path], list[dict[str, Any]]],
 ) -> Outcome:
     if find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
@@ -184,15 +181,15 @@ def outcome(
     return Outcome(folder, alone, launch(Path(__file__), folder))
 
 
-def require_close(found: Any, expected: Any, where: str = "") -> None:
-    """The same tree of tensors, each within the tolerance."""
+def require_close(found: Any, expected: Any, where: tuple[str, ...] = ()) -> None:
+    """The same tree of tensors, each within the tolerance of its part of a checkpoint."""
     if isinstance(expected, Tensor):
         off = float((found - expected).abs().max())
-        assert off <= TOLERANCE, f"{where}: is off by {off}"
+        assert off <= TOLERANCE[where[0]], f"{' '.join(where)}: is off by {off}"
     elif isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for name, value in expected.items():
-            require_close(found[name], value, f"{where} {name}")
+            require_close(found[name], value, (*where, name))
     else:
         assert found == expected, where
 
@@ -206,7 +203,7 @@ def test_two_processes_with_accumulation_train_as_one_with_whole_batches(
         result = found[f"{method}-{name}-{zero}"]
         require_close(result["half"], alone.half)
         assert result["norms"] == pytest.approx(alone.norms, rel=1e-4)
-    assert alone.norms[0] > OPTIMIZER.clip_norm, "the test needs clipping"
+    assert max(alone.norms) > OPTIMIZER.clip_norm, "the test needs clipping"
 
 
 @pytest.mark.parametrize(("method", "name", "zero"), RUNS)
