@@ -25,6 +25,7 @@ def test_help_lists_the_commands_in_the_order_of_the_path() -> None:
     [
         (("train", "{tmp}/none.yaml", "--out", "{tmp}/run"), "none.yaml: no such recipe"),
         (("train", "{tmp}/typo.yaml", "--out", "{tmp}/run"), "stpes: unknown key, did you mean 'steps'?"),
+        (("trajectories", "{tmp}/typo.yaml", "--out", "{tmp}/shards"), "stage: unknown key"),
         (("data", "record", "--out", "{tmp}/data", "--scene", "freedoom1:E9M9"), "freedoom1:E9M9"),
         (("data", "build", "{tmp}", "--out", "{tmp}/clips"), "not a dataset"),
         (("eval", "{tmp}", "--data", "{tmp}", "--out", "{tmp}/eval"), "not a world model"),

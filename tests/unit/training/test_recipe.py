@@ -14,6 +14,7 @@ from minwm.data.clips import KIND, Clip
 from minwm.data.shards import ShardWriter, read_manifest
 from minwm.errors import CheckpointError, ConfigError, DataError, InputError, TrainingError
 from minwm.models.backbones import Backbone, load_backbone, save_backbone
+from minwm.models.context import History
 from minwm.training.recipe import load_recipe, run_recipe
 
 pytestmark = pytest.mark.unit
@@ -118,6 +119,17 @@ def test_compiled_blocks_train_as_plain_ones_do(tmp_path: Path, values: dict[str
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("stage", ["autoregressive", "consistency", "dmd"])
+def test_a_recipe_chooses_a_student_frame_by_frame(tmp_path: Path, values: dict[str, Any], stage: str) -> None:
+    values |= {"stage": stage, "history": {"chunk": 1, "window": 3, "sink": 1}}
+    values["method"]["window"] = {"frames": 3}  # no whole number of the backbone's own chunks
+    if stage == "dmd":
+        values["method"] |= {"score": values["backbone"], "rollout_frames": 5}
+        values["optimizers"]["critic"] = {}
+    trained = load_backbone(run_recipe(load_recipe(write(tmp_path, values)), tmp_path / "run"))
+    assert trained.config.history == History(chunk=1, window=3, sink=1)
+
+
 @pytest.mark.parametrize(
     ("override", "error", "complaint"),
     [
@@ -134,6 +146,10 @@ def test_compiled_blocks_train_as_plain_ones_do(tmp_path: Path, values: dict[str
         ("method.window.frames=0", ConfigError, "window: frames=0, .*: expected at least one frame"),
         ("method.window.prompt_dropout=7", ConfigError, "prompt_dropout=7.0, .* shares of 0 to 1"),
         ("run.validate_every=1", DataError, "has no clips in split 'heldout', 2 in all"),
+        ("history={chunk: 2, window: 1}", ConfigError, "history: chunk=2, window=1, sink=0: expected 1 <= chunk"),
+        ("history.chnk=2", ConfigError, "history.chnk: unknown key, did you mean 'chunk'?"),
+        ("method.levels.density=odd", ConfigError, "method.levels.density: 'odd' is not what was expected: one of"),
+        ("method.window.pose_noise.translation=-1", ConfigError, r"pose_noise: -1\.0"),
         ("run.stepz=4", ConfigError, "run.stepz: unknown key, did you mean 'steps'?"),
         ("optimizers.critic.learning_rate=1", ConfigError, r"optimizers: expected exactly \['generator'\]"),
     ],

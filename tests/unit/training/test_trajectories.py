@@ -147,3 +147,12 @@ def test_from_recipe_to_student(tmp_path: Path, tiny_backbone: Backbone, new_cli
     assert list(student.config.levels) == [1, 2]
     with pytest.raises(ConfigError, match=r"history: the student's is .*chunk=2.*, expected .*chunk=1"):
         run_recipe(load_recipe(recipe, ["history={chunk: 2, window: 4}"]), tmp_path / "other")
+
+
+def test_the_recipes_that_come_with_the_project_fit_together() -> None:
+    recipes = Path(__file__).parents[3] / "recipes/doom"
+    sampling = load_trajectories_recipe(recipes / "trajectories.yaml")
+    student = load_recipe(recipes / "ode.yaml")
+    assert sampling.sampling.steps == (8, 4, 2, 1)
+    assert student.stage == "ode"
+    assert student.backbone == sampling.backbone

@@ -135,34 +135,41 @@ def write_trajectories(
     """
     world = made_for(teacher.config, config.steps)
     grid = flow.schedule(config.ode_steps, world.shift)
-    places = _places(grid, world)
+    states = [grid[place] for place in _places(grid, world)]
     with ShardWriter(folder, KIND) as writer:
         writer.about = {
             **about,
             "sampling": json.loads(json.dumps(asdict(config))),
             "history": asdict(world.history),
             "levels": {str(count): list(levels) for count, levels in world.levels.items()},
-            "states": [grid[place] for place in places],
+            "states": states,
         }
-        for first in range(0, config.windows, config.batch_size):
-            numbers = range(first, min(first + config.batch_size, config.windows))
-            draw = Draw(config.seed, 0, numbers, next(teacher.model.parameters()).device)
-            batch = cut_windows([clips[n % len(clips)] for n in numbers], draw, config.window, teacher.encode)
-            states = sample_states(teacher, batch, draw, grid, places, config.guidance)
-            for number, trajectory in zip(numbers, _trajectories(numbers, batch, states), strict=True):
-                writer.add(trajectory.name, trajectory.to_files())
-                if progress is not None:
-                    progress(number + 1)
+        for done, trajectory in enumerate(sample_trajectories(teacher, clips, config), start=1):
+            writer.add(trajectory.name, trajectory.to_files())
+            if progress is not None:
+                progress(done)
     return read_manifest(folder, KIND)
 
 
+def sample_trajectories(teacher: Backbone, clips: Sequence[Clip], config: SamplingConfig) -> Iterator[Trajectory]:
+    """The trajectories of `config.windows` windows, in order."""
+    teacher.config.history.require_chunks(config.window.frames)
+    world = made_for(teacher.config, config.steps)
+    grid = flow.schedule(config.ode_steps, world.shift)
+    places, device = _places(grid, world), next(teacher.model.parameters()).device
+    for first in range(0, config.windows, config.batch_size):
+        numbers = range(first, min(first + config.batch_size, config.windows))
+        draw = Draw(config.seed, 0, numbers, device)
+        batch = cut_windows([clips[n % len(clips)] for n in numbers], draw, config.window, teacher.encode)
+        yield from _trajectories(batch, numbers, _states(teacher, batch, draw, grid, places, config.guidance))
+
+
 @torch.no_grad()
-def sample_states(
+def _states(
     teacher: Backbone, batch: Batch, draw: Draw, grid: Sequence[float], places: Sequence[int], guidance: float
 ) -> Tensor:
     """States (b, s + 1, f, c, y, x) at some places of the grid of levels and at its end; chunks see true history."""
     model, history, clean = teacher.model, teacher.config.history, batch.latents
-    history.require_chunks(clean.shape[1])
     bare = None if guidance == 1 else model.prompt(unprompted(batch, teacher.encode))
     rollout = TeacherRollout(
         model, history, clean.shape[2:], Guidance(model.prompt(batch.text), bare, guidance), batch=len(clean)
@@ -200,7 +207,7 @@ def _places(grid: Sequence[float], world: WorldConfig) -> list[int]:
     return sorted(places)
 
 
-def _trajectories(numbers: Sequence[int], batch: Batch, states: Tensor) -> Iterator[Trajectory]:
+def _trajectories(batch: Batch, numbers: Sequence[int], states: Tensor) -> Iterator[Trajectory]:
     conditions, cameras = batch.conditions, batch.conditions.cameras
     if cameras is None or conditions.actions is None or conditions.image is None:
         raise DataError("windows of clips lack cameras, actions or a first image")
