@@ -8,7 +8,7 @@ Frames are (t, y, x, 3) uint8 RGB of any size; they are looked at in 72 × 96 pi
 down in world units along the earlier camera's axes, and yaw to the right in degrees.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol

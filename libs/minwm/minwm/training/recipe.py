@@ -29,6 +29,7 @@ from minwm.training.consistency import Consistency, ConsistencyConfig
 from minwm.training.decoder import DecoderStage, DecoderStageConfig
 from minwm.training.dmd import DMD, DMDConfig
 from minwm.training.engine import OptimizerConfig
+from minwm.training.judge import JudgeStage, JudgeStageConfig, load_play
 from minwm.training.loop import Progress, RunConfig, train
 from minwm.training.stage import Stage
 
@@ -89,6 +90,12 @@ def _autoencoder(recipe: Recipe) -> _Prepared:
     return AutoencoderStage(config, recipe.run.seed), episodes, manifest.digest()
 
 
+def _judge(recipe: Recipe) -> _Prepared:
+    config = build(JudgeStageConfig, recipe.method, "method")
+    plays, digest = load_play(recipe.data, config.heldout_every)
+    return JudgeStage(config, plays, recipe.run.seed), plays, digest
+
+
 def _on_clips(make: Callable[[Recipe], Stage]) -> Callable[[Recipe], _Prepared]:
     def prepare(recipe: Recipe) -> _Prepared:
         stage = make(recipe)
@@ -103,9 +110,10 @@ def _dmd(recipe: Recipe) -> Stage:
     return DMD(config, _backbone(recipe), load_backbone(config.score))
 
 
-_WITHOUT_BACKBONE = ("autoencoder", "decoder")
+_WITHOUT_BACKBONE = ("autoencoder", "decoder", "judge")
 _STAGES: dict[str, Callable[[Recipe], _Prepared]] = {
     "autoencoder": _autoencoder,
+    "judge": _judge,
     "decoder": _on_clips(lambda r: DecoderStage(build(DecoderStageConfig, r.method, "method"), r.run.seed)),
     "bidirectional": _on_clips(lambda r: Bidirectional(build(BidirectionalConfig, r.method, "method"), _backbone(r))),
     "autoregressive": _on_clips(
