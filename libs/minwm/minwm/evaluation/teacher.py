@@ -1,0 +1,48 @@
+"""What the many-step teacher reached on held-out clips, kept so that its students can be measured without it.
+
+A teacher takes minutes a clip, and its weights are not shipped beside its student's. Its measures are small, and hold
+for the clips, frames, seed and critics they were taken with.
+"""
+
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minwm.errors import DataError
+from minwm.evaluation.measures import Measures
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRecord:
+    """`steps` of its sampler, and its measures by the name of the clip."""
+
+    steps: int
+    measures: dict[str, Measures]
+
+
+def save_teacher(path: Path, record: TeacherRecord) -> None:
+    """Write the record to an `.npz` file; what was not measured is left out."""
+    arrays = {
+        f"{clip}/{name}": value.astype(np.float32)
+        for clip, measured in record.measures.items()
+        for name, value in asdict(measured).items()
+        if value is not None
+    }
+    np.savez_compressed(path, steps=np.array(record.steps), **arrays)
+
+
+def load_teacher(path: Path) -> TeacherRecord:
+    """Read a record. Raises DataError for a file that is none."""
+    try:
+        with np.load(path) as archive:
+            content = {key: archive[key] for key in archive.files}
+        steps = int(content.pop("steps"))
+        clips: dict[str, dict[str, np.ndarray]] = {}
+        for key, value in content.items():
+            clip, _, name = key.rpartition("/")
+            clips.setdefault(clip, {})[name] = value.astype(np.float64)
+        return TeacherRecord(steps=steps, measures={clip: Measures(**values) for clip, values in clips.items()})
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a teacher's record ({error})") from error
