@@ -46,12 +46,12 @@ def frechet(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """The Fréchet distance between Gaussians fitted to features (n, d) and (m, d), each of two clips or more.
 
     |μa − μb|² + tr(Σa + Σb − 2·(Σa·Σb)^½) (Heusel et al. 2017, equation 6), with unbiased covariances. Fewer clips
-    than dimensions are allowed: with Σ = XᵀX the last trace is the sum of the singular values of Xa·Xbᵀ, exactly, at
+    than dimensions are allowed: with Σ = RᵀR the last trace is the sum of the singular values of Ra·Rbᵀ, exactly, at
     any rank. Few clips make the distance too large, so compare distances over equally many clips only.
     """
-    centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b)]
-    spread = sum(float(np.square(x).sum()) for x in centred)
-    shared = float(np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum())
+    roots = [np.linalg.qr(x - x.mean(0), mode="r") / np.sqrt(len(x) - 1) for x in (a, b)]
+    spread = sum(float(np.square(root).sum()) for root in roots)
+    shared = float(np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
     return float(np.square(a.mean(0) - b.mean(0)).sum()) + spread - 2 * shared
 
 
