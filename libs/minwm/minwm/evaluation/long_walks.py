@@ -65,7 +65,7 @@ def measure(
         frames = np.concatenate(pieces)
         if seer is not None:
             for name, (first, end) in spans.items():
-                found[name].append(_motions(seer, frames, walk.poses, chunk, first, end))
+                found[name].append(follow(seer, frames, walk.poses, chunk, first, end))
         shown = frames[FRAMES_PER_LATENT:]
         looks.append(appearance(shown[: round(seconds * card.fps)]))
         name = f"{clip.name}-walk.mp4"
@@ -81,10 +81,13 @@ def measure(
     }
 
 
-def _motions(
+def follow(
     seer: MotionEstimator, frames: NDArray[np.uint8], poses: NDArray[np.float64], chunk: int, first: int, end: int
 ) -> _Motions:
-    """Those of chunks [first, end); `frames` begin with the last given latent frame's four, `poses` with the first."""
+    """What is seen and what was commanded in chunks [first, end) of a walk.
+
+    `frames` (t, y, x, 3) begin with the last given latent frame's four, `poses` (f, 4, 4) with the first given one's.
+    """
     span = frames[FRAMES_PER_LATENT * first * chunk : FRAMES_PER_LATENT * (1 + end * chunk)]
     told = true_motions(poses[chunk - 1 + first * chunk : chunk + end * chunk])
     return seer.motions(span), told

@@ -36,7 +36,7 @@ def save_teacher(path: Path, record: TeacherRecord) -> None:
 def load_teacher(path: Path) -> TeacherRecord:
     """Read a record. Raises DataError for a file that is none."""
     try:
-        with np.load(path) as archive:
+        with path.open("rb") as file, np.load(file) as archive:
             content = {key: archive[key] for key in archive.files}
         steps = int(content.pop("steps"))
         clips: dict[str, dict[str, np.ndarray]] = {}

@@ -1,0 +1,51 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minwm.data.clips import load_clips
+from minwm.errors import CheckpointError, ConfigError
+from minwm.evaluation.heldout import HeldoutConfig, open_world, record_heldout
+from minwm.models.worlds import load_world
+from minwm.progress import Report
+
+pytestmark = pytest.mark.unit
+
+
+@contextmanager
+def _no_bar(title: str, total: int) -> Iterator[Report]:
+    yield lambda done, note="": None
+
+
+def test_a_backbone_with_its_autoencoder_is_a_world_of_the_datasets_size_and_pace(
+    world_folder: Path, dataset: Path
+) -> None:
+    parts = world_folder.parent
+    found, whole = open_world(parts / "backbone", parts / "autoencoder", dataset), load_world(world_folder)
+    assert (found.card.height, found.card.width, found.card.fps) == (32, 48, 17.5)
+    assert found.card.speeds == whole.card.speeds and found.card.intrinsics == (0.5, 0.75, 0.5, 0.5)
+    for name, weight in whole.backbone.model.state_dict().items():
+        assert np.array_equal(weight.float(), found.backbone.model.state_dict()[name].float()), name
+    assert open_world(world_folder, None, dataset).card == whole.card
+
+
+def test_an_autoencoder_too_few_or_too_many_is_refused(world_folder: Path, dataset: Path) -> None:
+    parts = world_folder.parent
+    with pytest.raises(CheckpointError, match="needs --autoencoder"):
+        open_world(parts / "backbone", None, dataset)
+    with pytest.raises(ConfigError, match="has its own"):
+        open_world(world_folder, parts / "autoencoder", dataset)
+
+
+def test_play_is_recorded_once_and_all_of_it_is_held_out(world_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vizdoom", exc_type=ImportError)
+    config = HeldoutConfig(scenes=("freedoom1:E1M3",), episode_frames=64, clip_frames=4)
+    folder = tmp_path / "play"
+    record_heldout(folder, world_folder, None, config, _no_bar)
+    clips, manifest = load_clips(folder)
+    assert clips and {clip.split for clip in clips} == {"heldout"}
+    assert clips[0].video().shape == (16, 32, 48, 3), "of the world's own size"
+    record_heldout(folder, world_folder, None, config, _no_bar)
+    assert load_clips(folder)[1].digest() == manifest.digest(), "what lies there is kept"
