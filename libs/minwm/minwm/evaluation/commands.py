@@ -36,13 +36,15 @@ def evaluate_world(
     teacher: Annotated[Path | None, typer.Option(help="Many-step teacher: backbone folder, or its record.")] = None,
     base: Annotated[Path | None, typer.Option(help="Bidirectional backbone folder, to time.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Long walks and speed too; more and longer clips.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; the world's own, or 4, if not given.")] = None,
     clips: Annotated[int | None, typer.Option(help="Held-out clips to use, at most.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Of rollouts along the clips' true paths.")] = None,
     long_clips: Annotated[int | None, typer.Option(help="Clips from which long walks start.")] = None,
     long_seconds: Annotated[float | None, typer.Option(help="Of long walks.")] = None,
     teacher_clips: Annotated[int | None, typer.Option(help="Clips that the teacher rolls out, at most.")] = None,
+    teacher_steps: Annotated[int | None, typer.Option(help="Steps that the teacher takes.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 0,
-    record: Annotated[bool, typer.Option("--record", help="Play VizDoom for DATA, if it is not there yet.")] = False,
+    record: Annotated[bool, typer.Option("--record", help="Play VizDoom, once, into a folder under DATA.")] = False,
     scene: Annotated[list[str] | None, typer.Option(help="With --record: wad:map; repeatable.")] = None,
     size: Annotated[str, typer.Option(help="With --record and a backbone: pixels, HEIGHTxWIDTH.")] = "144x192",
 ) -> None:
@@ -58,6 +60,7 @@ def evaluate_world(
         "long_clips": long_clips,
         "long_seconds": long_seconds,
         "teacher_clips": teacher_clips,
+        "teacher_steps": teacher_steps,
         "seed": seed,
     }
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
@@ -65,9 +68,9 @@ def evaluate_world(
     if record:
         heldout = HeldoutConfig(size=_size(size))
         heldout = replace(heldout, scenes=tuple(scene)) if scene else heldout
-        record_heldout(data, world, autoencoder, heldout, progress_bar)
+        data = record_heldout(data, world, autoencoder, heldout, progress_bar)
     result = evaluate(
-        open_world(world, autoencoder, data),
+        open_world(world, autoencoder, data, steps),
         data,
         out,
         config,
@@ -92,18 +95,20 @@ def _critics(judge: Path | None, features: str | None) -> "Critics":
     """The judge as both critics, or another extractor in its place as the second."""
     import importlib
 
+    from minwm.artifacts.store import folder_digest
     from minwm.evaluation.judge import load_judge
     from minwm.evaluation.measures import Critics
 
     seen = None if judge is None else load_judge(judge)
+    name = "" if judge is None else folder_digest(judge)
     if features is None:
-        return Critics(motion=seen, features=seen)
+        return Critics(name=name, motion=seen, features=seen)
     module, _, function = features.partition(":")
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"--features {features}: expected module:function ({error})") from error
-    return Critics(motion=seen, features=make())
+    return Critics(name=f"{name} {features}", motion=seen, features=make())
 
 
 def _teacher(path: Path) -> "Backbone | TeacherRecord":
@@ -127,7 +132,7 @@ def _print(result: dict[str, Any], out: Path) -> None:
     table = Table("figure", "value", "clips")
     for name, figure in result["figures"].items():
         value = figure["value"]
-        table.add_row(name, figure["missing"] if value is None else f"{value:.4g}", str(figure["clips"]))
+        table.add_row(name, figure["missing"] if value is None else f"{value:.4g}", str(figure.get("clips", "")))
     console = Console(highlight=False)
     console.print(table)
     console.print(result["control"]["verdict"])

@@ -135,15 +135,17 @@ def evaluate(
         rolled = _roll(world, chosen, chunks, config.seed, critics, out, report)
     taught: dict[str, Any] = {}
     if teacher is not None:
+        shown = min(chunks, _chunks(world, FRECHET_SECONDS))
         if isinstance(teacher, TeacherRecord):
             record = teacher
         else:
             pupils = _spread(chosen, config.teacher_clips)
-            shown = min(chunks, _chunks(world, FRECHET_SECONDS))
             with bars("teacher", len(pupils)) as report:
                 record = _teach(replace(world, backbone=teacher), pupils, shown, config, critics, report)
-        save_teacher(out / TEACHER, record)
+        if record.about != _holds_for(world, shown, critics):
+            raise DataError(f"teacher: its record is of {record.about}, expected {_holds_for(world, shown, critics)}")
         taught = _beside_teacher(chosen, rolled, record, fps)
+        save_teacher(out / TEACHER, record)
     walked: dict[str, Any] = {}
     if config.long_clips:
         starts, real = _spread(chosen, config.long_clips), np.concatenate(rolled.appearances)
@@ -260,7 +262,13 @@ def _teach(
         video = clip.video()[: given + len(frames)]
         found[clip.name] = measure(frames, video[given:], video[:given], critics, world.card.fps)
         report(done)
-    return TeacherRecord(steps=config.teacher_steps, measures=found)
+    return TeacherRecord(steps=config.teacher_steps, about=_holds_for(world, chunks, critics), measures=found)
+
+
+def _holds_for(world: World, chunks: int, critics: Critics) -> dict[str, Any]:
+    """What a teacher's measures have to have in common with its student's."""
+    frames = chunks * world.backbone.config.history.chunk * FRAMES_PER_LATENT
+    return {"size": [world.card.height, world.card.width], "frames": frames, "critics": critics.name}
 
 
 def _beside_teacher(clips: Sequence[Clip], rolled: _Rolled, record: TeacherRecord, fps: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 Figure = dict[str, Any]
-"""`value`, `clips`, and where it counts chunks of these, `chunks`; or `value` null and `missing`, the reason."""
+"""`value` with `clips`, `chunks` too where it counts these, or `rounds` of timing; or null and `missing`, the reason."""
 
 ALWAYS = {
     "turn_direction": "needs a judge",
@@ -83,9 +83,9 @@ def _speed(result: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     found = result["speed"]
     for way in found.get("ways", ()):
         for name in ("first_frame_seconds", "frames_per_second"):
-            yield f"{name}_{way['name']}", {"value": way[name], "clips": found["rounds"]}
+            yield f"{name}_{way['name']}", {"value": way[name], "rounds": found["rounds"]}
     if found:
-        yield "bidirectional_over_ours", {"value": found["bidirectional_over_ours"], "clips": found["rounds"]}
+        yield "bidirectional_over_ours", {"value": found["bidirectional_over_ours"], "rounds": found["rounds"]}
 
 
 def _directions(prefix: str, suffix: str, directions: Mapping[str, Any], clips: int) -> Iterator[tuple[str, Figure]]:

@@ -23,8 +23,9 @@ LEAST_CLIP = 8  # frames that a FeatureExtractor needs
 
 @dataclass(frozen=True, kw_only=True)
 class Critics:
-    """Who sees motion, and in whose features videos are compared."""
+    """Who sees motion, and in whose features videos are compared; `name` tells one pair from another."""
 
+    name: str = ""
     motion: MotionEstimator | None = None
     features: FeatureExtractor | None = None
 
