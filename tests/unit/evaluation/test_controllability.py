@@ -93,3 +93,5 @@ def test_errors_equal_their_definition() -> None:
     assert errors.translation_error == pytest.approx(move)
     assert errors.relative_rotation_error == pytest.approx(turn / np.abs(true[:, 3]).mean())
     assert errors.relative_translation_error == pytest.approx(move / np.hypot(true[:, 0], true[:, 1]).mean())
+    still = motion_errors(seen, np.zeros_like(true))
+    assert still.relative_rotation_error is still.relative_translation_error is None, "relative to nothing"

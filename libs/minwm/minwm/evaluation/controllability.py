@@ -38,14 +38,17 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class MotionErrors:
-    """Mean absolute errors per latent frame, and the same relative to the mean of what was true."""
+    """Mean absolute errors per latent frame, and the same relative to the mean of what was true.
+
+    The relative ones are None where nothing moved.
+    """
 
     rotation_error_deg: float
-    relative_rotation_error: float
+    relative_rotation_error: float | None
     translation_error: float
-    relative_translation_error: float
+    relative_translation_error: float | None
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float | None]:
         """As written to files."""
         return asdict(self)
 
@@ -58,9 +61,9 @@ def motion_errors(seen: NDArray[np.float64], true: NDArray[np.float64]) -> Motio
     moved = np.linalg.norm(true[:, over_ground], axis=1).mean()
     return MotionErrors(
         rotation_error_deg=float(turn),
-        relative_rotation_error=float(turn / turned) if turned else float("nan"),
+        relative_rotation_error=float(turn / turned) if turned else None,
         translation_error=float(move),
-        relative_translation_error=float(move / moved) if moved else float("nan"),
+        relative_translation_error=float(move / moved) if moved else None,
     )
 
 

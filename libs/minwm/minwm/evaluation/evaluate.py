@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from minwm.data.clips import Clip, load_clips
 from minwm.errors import ConfigError, DataError
 from minwm.evaluation import long_walks
-from minwm.evaluation.control import control_margin
+from minwm.evaluation.control import ControlMargin, control_margin
 from minwm.evaluation.controllability import direction_shares, motion_errors, walking_pace
 from minwm.evaluation.drift import appearance
 from minwm.evaluation.figures import figures, metrics
@@ -113,55 +113,18 @@ def evaluate(
     Raises DataError for a dataset without two held-out clips that fit the world.
     """
     started = time.monotonic()
-    heldout, manifest = load_clips(data, "heldout")
-    chosen = _spread(heldout, config.clips)
+    clips, digest = _load(world, data, config.clips)
     chunk, fps = world.backbone.config.history.chunk, world.card.fps
-    shortest = min(len(clip.latents) for clip in chosen)
-    if shortest < 2 * chunk:
-        raise DataError(f"{data}: a held-out clip has {shortest} latent frames, expected at least {2 * chunk}")
-    chunks = min(_chunks(world, config.seconds), shortest // chunk - 1)
+    chunks = min(_chunks(world, config.seconds), min(len(clip.latents) for clip in clips) // chunk - 1)
     out.mkdir(parents=True, exist_ok=True)
     (out / EVALUATION).unlink(missing_ok=True)  # an older one would make new pictures look complete
-    with bars("control", CONTROL_LEVELS) as report:
-        control = control_margin(
-            world.backbone,
-            chosen,
-            seed=config.seed,
-            levels=CONTROL_LEVELS,
-            frames=min(CONTROL_FRAMES, shortest),
-            progress=report,
-        )
-    with bars("rollouts", len(chosen)) as report:
-        rolled = _roll(world, chosen, chunks, config.seed, critics, out, report)
-    taught: dict[str, Any] = {}
-    if teacher is not None:
-        shown = min(chunks, _chunks(world, FRECHET_SECONDS))
-        if isinstance(teacher, TeacherRecord):
-            record = teacher
-        else:
-            pupils = _spread(chosen, config.teacher_clips)
-            with bars("teacher", len(pupils)) as report:
-                record = _teach(replace(world, backbone=teacher), pupils, shown, config, critics, report)
-        if record.about != _holds_for(world, shown, critics):
-            raise DataError(f"teacher: its record is of {record.about}, expected {_holds_for(world, shown, critics)}")
-        taught = _beside_teacher(chosen, rolled, record, fps)
-        save_teacher(out / TEACHER, record)
-    walked: dict[str, Any] = {}
-    if config.long_clips:
-        starts, real = _spread(chosen, config.long_clips), np.concatenate(rolled.appearances)
-        with bars("long walks", len(starts) * _chunks(world, config.long_seconds)) as report:
-            walked = long_walks.measure(
-                world, starts, config.long_seconds, config.seed, critics.motion, real, out, report
-            )
-    timed: dict[str, Any] = {}
-    if config.speed is not None:
-        timing = teacher if isinstance(teacher, Backbone) else None
-        with bars("speed", config.speed.rounds) as report:
-            timed = measure_speed(world, config.speed, base=base, teacher=timing, progress=report)
+    control = _control(world, clips, config.seed, bars)
+    with bars("rollouts", len(clips)) as report:
+        rolled = _roll(world, clips, chunks, config.seed, critics, out, report)
     length = chunks * chunk * FRAMES_PER_LATENT
     result: dict[str, Any] = {
         "world": {"name": world.card.name, "steps": world.card.steps, "fps": fps},
-        "dataset": manifest.digest(),
+        "dataset": digest,
         "seed": config.seed,
         "rollout_seconds": length / fps,
         "clips": rolled.pictures,
@@ -170,10 +133,12 @@ def evaluate(
             **curve_tables(rolled.others(), fps),
             "frechet": frechet_table(rolled.others(), rolled.measures["real"], length, fps),
         },
-        "controllability": _controllability(world, chosen, rolled),
-        "teacher": taught,
-        "long": walked,
-        "speed": timed,
+        "controllability": _controllability(world, clips, rolled),
+        "teacher": {}
+        if teacher is None
+        else _teacher(world, teacher, clips, rolled, chunks, config, critics, out, bars),
+        "long": _long(world, clips, rolled, config, critics, out, bars) if config.long_clips else {},
+        "speed": {} if config.speed is None else _speed(world, config.speed, base, teacher, bars),
     }
     result |= {"figures": figures(result), "seconds": round(time.monotonic() - started, 3)}
     result["metrics"] = metrics(result)
@@ -188,10 +153,26 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def _load(world: World, data: Path, count: int) -> tuple[list[Clip], str]:
+    """The clips to use, each of two chunks at least, and the dataset's digest."""
+    heldout, manifest = load_clips(data, "heldout")
+    clips, least = _spread(heldout, count), 2 * world.backbone.config.history.chunk
+    shortest = min(len(clip.latents) for clip in clips)
+    if shortest < least:
+        raise DataError(f"{data}: a held-out clip has {shortest} latent frames, expected at least {least}")
+    return clips, manifest.digest()
+
+
 def _chunks(world: World, seconds: float) -> int:
     """Chunks that fill so many seconds."""
     frames = world.backbone.config.history.chunk * FRAMES_PER_LATENT
     return math.ceil(round(seconds * world.card.fps) / frames)
+
+
+def _control(world: World, clips: Sequence[Clip], seed: int, bars: Bars) -> ControlMargin:
+    frames = min(CONTROL_FRAMES, *(len(clip.latents) for clip in clips))
+    with bars("control", CONTROL_LEVELS) as report:
+        return control_margin(world.backbone, clips, seed=seed, levels=CONTROL_LEVELS, frames=frames, progress=report)
 
 
 def _roll(
@@ -249,6 +230,53 @@ def _controllability(world: World, clips: Sequence[Clip], rolled: _Rolled) -> di
             for scene, chosen in sorted(scenes.items())
         },
     }
+
+
+def _teacher(
+    world: World,
+    teacher: Backbone | TeacherRecord,
+    clips: Sequence[Clip],
+    rolled: _Rolled,
+    chunks: int,
+    config: EvaluationConfig,
+    critics: Critics,
+    out: Path,
+    bars: Bars,
+) -> dict[str, Any]:
+    """The student beside its teacher, whose record is written to `out`."""
+    shown = min(chunks, _chunks(world, FRECHET_SECONDS))
+    if isinstance(teacher, TeacherRecord):
+        record, needed = teacher, _holds_for(world, shown, critics)
+        if record.about != needed:
+            raise DataError(f"teacher: its record is of {record.about}, expected {needed}")
+    else:
+        pupils = _spread(clips, config.teacher_clips)
+        with bars("teacher", len(pupils)) as report:
+            record = _teach(replace(world, backbone=teacher), pupils, shown, config, critics, report)
+    save_teacher(out / TEACHER, record)
+    return _beside_teacher(clips, rolled, record, world.card.fps)
+
+
+def _long(
+    world: World,
+    clips: Sequence[Clip],
+    rolled: _Rolled,
+    config: EvaluationConfig,
+    critics: Critics,
+    out: Path,
+    bars: Bars,
+) -> dict[str, Any]:
+    starts, real = _spread(clips, config.long_clips), np.concatenate(rolled.appearances)
+    with bars("long walks", len(starts) * _chunks(world, config.long_seconds)) as report:
+        return long_walks.measure(world, starts, config.long_seconds, config.seed, critics.motion, real, out, report)
+
+
+def _speed(
+    world: World, config: SpeedConfig, base: Backbone | None, teacher: Backbone | TeacherRecord | None, bars: Bars
+) -> dict[str, Any]:
+    many = teacher if isinstance(teacher, Backbone) else None
+    with bars("speed", config.rounds) as report:
+        return measure_speed(world, config, base=base, teacher=many, progress=report)
 
 
 def _teach(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 Figure = dict[str, Any]
-"""`value` with `clips`, `chunks` too where it counts these, or `rounds` of timing; or null and `missing`, the reason."""
+"""`value` with `clips` (`chunks` too where it counts these) or `rounds` of timing; or null and `missing`, the reason."""
 
 ALWAYS = {
     "turn_direction": "needs a judge",
@@ -42,7 +42,8 @@ def _controllability(result: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
         if found:
             yield from _directions(prefix, "", found[source]["directions"], found["clips"])
             for name in ("rotation_error_deg", "relative_rotation_error", "translation_error"):
-                yield prefix + name, {"value": found[source][name], "clips": found["clips"]}
+                if found[source][name] is not None:
+                    yield prefix + name, {"value": found[source][name], "clips": found["clips"]}
 
 
 def _quality(result: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
