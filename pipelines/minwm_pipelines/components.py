@@ -103,14 +103,15 @@ def evaluate_world(
     """Measure control and quality on held-out clips; `evaluation` has videos and figures, `metrics` the numbers."""
     from pathlib import Path
 
-    from minwm.evaluation.commands import evaluate
+    from minwm.evaluation.evaluate import EvaluationConfig, evaluate
+    from minwm.models.worlds import load_world
     from minwm.progress import progress_bar
 
     figures = evaluate(
-        Path(world.path),
+        load_world(Path(world.path)),
         Path(dataset.path),
         Path(evaluation.path),
-        clips=clips,
+        EvaluationConfig(clips=clips),
         bars=lambda title, total: progress_bar(f"Evaluating {title}", total),
     )
     for name, value in figures["metrics"].items():

@@ -1,14 +1,21 @@
 """A tiny world with random weights whose camera branch is not zero, and clips of noise with random motion."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from minwm.data.clips import KIND, Clip, frames_to_mp4
 from minwm.data.shards import ShardWriter
+from minwm.evaluation.evaluate import EvaluationConfig, evaluate
+from minwm.evaluation.judge import Judge, JudgeConfig, load_judge, save_judge, true_motions
+from minwm.evaluation.measures import Critics
+from minwm.evaluation.speed import SpeedConfig
 from minwm.geometry.live import CameraVelocity, Speeds, advance
 from minwm.models.autoencoder import Autoencoder, AutoencoderConfig
 from minwm.models.backbones import Backbone, save_backbone
@@ -22,8 +29,7 @@ MakeClip = Callable[..., Clip]
 HEIGHT, WIDTH = 32, 48
 
 
-@pytest.fixture
-def backbone() -> Backbone:
+def _new_backbone() -> Backbone:
     torch.manual_seed(0)
     config = WorldConfig(
         preset="tiny",
@@ -49,7 +55,13 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture
-def world(backbone: Backbone) -> World:
+def backbone() -> Backbone:
+    """One that a test may change."""
+    return _new_backbone()
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
     torch.manual_seed(1)
     autoencoder = Autoencoder(AutoencoderConfig(widths=(8, 8, 16))).eval().requires_grad_(False)
     card = WorldCard(
@@ -61,10 +73,10 @@ def world(backbone: Backbone) -> World:
         speeds=Speeds(move=4.0, turn=70.0),
         steps=2,
     )
-    return World(card, backbone, autoencoder, {})
+    return World(card, _new_backbone(), autoencoder, {})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_clip() -> MakeClip:
     def make(number: int, *, latent_frames: int = 12, motion: int | None = None, split: str = "heldout") -> Clip:
         """Clip `number`; equal `motion` (its number unless given) is an equal camera path."""
@@ -79,7 +91,7 @@ def make_clip() -> MakeClip:
             name=f"clip-{number:03d}",
             episode="episode",
             split=split,  # type: ignore[arg-type]
-            caption=f"hall {number}",
+            caption=f"maze e1m{1 + number % 2}: hall",
             latents=random.normal(size=(latent_frames, 16, HEIGHT // 8, WIDTH // 8)).astype(np.float16),
             poses=np.stack(poses),
             intrinsics=np.array([0.5, 0.75, 0.5, 0.5], np.float32),
@@ -99,10 +111,68 @@ def world_folder(world: World, tmp_path: Path) -> Path:
     return tmp_path / "world"
 
 
-@pytest.fixture
-def dataset(make_clip: MakeClip, tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def dataset(make_clip: MakeClip, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("dataset")
     with ShardWriter(tmp_path / "data", KIND) as writer:
         for number in range(4):
             clip = make_clip(number, split="train" if number == 0 else "heldout")
             writer.add(clip.name, clip.to_files())
+        writer.about = {"size": [HEIGHT, WIDTH], "fps": 17.5, "speeds": {"move": 4.0, "turn": 70.0}}
     return tmp_path / "data"
+
+
+def painted(numbers: Iterable[int]) -> NDArray[np.uint8]:
+    """Four frames for each latent frame, whose brightness is the latent frame's number."""
+    return np.stack([np.full((HEIGHT, WIDTH, 3), number, np.uint8) for number in numbers for _ in range(4)])
+
+
+class Odometer:
+    """Sees the true motion of painted frames: it knows the path, and reads off a frame where on it that is."""
+
+    def __init__(self, poses: NDArray[np.float64]) -> None:
+        self._poses = poses
+
+    def motions(self, frames: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """As MotionEstimator."""
+        return true_motions(self._poses[frames[3::4, 0, 0, 0]])
+
+
+@pytest.fixture(scope="session")
+def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A judge with random weights: what it says means nothing, but it says it."""
+    tmp_path = tmp_path_factory.mktemp("judges")
+    config = JudgeConfig(labels=("lamp",), scenes=("hall",), widths=(8, 8, 8), trunk=8, features=6)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        save_judge(tmp_path / "judge", Judge(config))
+    return tmp_path / "judge"
+
+
+@pytest.fixture(scope="session")
+def critics(judge_folder: Path) -> Critics:
+    judge = load_judge(judge_folder)
+    return Critics(motion=judge, features=judge)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a full evaluation of `world` found, and the folder that it wrote."""
+
+    result: dict[str, Any]
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def full(world: World, dataset: Path, critics: Critics, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    """Three clips, a walk of two seconds, and the world's own backbone for a teacher."""
+    config = EvaluationConfig(
+        seconds=1.8,
+        long_clips=1,
+        long_seconds=2.0,
+        speed=SpeedConfig(rounds=1, bidirectional_steps=2, bidirectional_frames=4, teacher_steps=2),
+        teacher_clips=2,
+        teacher_steps=2,
+    )
+    folder = tmp_path_factory.mktemp("full") / "the world"
+    return Evaluated(evaluate(world, dataset, folder, config, critics=critics, teacher=world.backbone), folder)

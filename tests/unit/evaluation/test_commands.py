@@ -4,63 +4,65 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from click.testing import Result
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from minwm.data.clips import KIND
-from minwm.data.shards import ShardWriter
-from minwm.data.video import decode_video
-from minwm.errors import CheckpointError, ConfigError, DataError
-from minwm.evaluation.commands import evaluate, register
-
-from .conftest import MakeClip
+from minwm.errors import ConfigError
+from minwm.evaluation.commands import register
 
 pytestmark = pytest.mark.unit
 
 
-def test_the_command_writes_figures_and_pictures_of_the_heldout_clips(
-    world_folder: Path, dataset: Path, tmp_path: Path
-) -> None:
+def _run(*arguments: str | Path) -> Result:
     app = typer.Typer()
     register(app)
-    out = tmp_path / "eval"
-    result = CliRunner().invoke(app, [str(world_folder), "--data", str(dataset), "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    written = json.loads((out / "eval.json").read_text())
-    assert [clip["name"] for clip in written["clips"]] == ["clip-001", "clip-002", "clip-003"]
-    assert written["control"]["clips"] == 3
-    assert all(np.isfinite(list(written["metrics"].values())))
-    assert written["control"]["verdict"].split()[0] in result.output
-    for clip in written["clips"]:
-        assert len(decode_video((out / clip["video"]).read_bytes(), where=clip["name"])) == 8 + 32
-        assert (out / clip["strip"]).is_file()
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_evaluation_is_the_same_every_time(world_folder: Path, dataset: Path, tmp_path: Path) -> None:
-    first, second = (evaluate(world_folder, dataset, tmp_path / name, clips=2, seed=3) for name in "ab")
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
-    assert len(first["clips"]) == 2
-
-
-def test_short_clips_give_short_rollouts(world_folder: Path, make_clip: MakeClip, tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "short", KIND) as writer:
-        for number in range(2):
-            writer.add(f"c{number}", make_clip(number, latent_frames=6).to_files())
-    result = evaluate(world_folder, tmp_path / "short", tmp_path / "out")
-    assert len(result["psnr"]["per_frame"]["generated"]) == 16
-    assert [row["seconds"] for row in result["psnr"]["at"]] == [0.5]
-
-
-def test_what_cannot_be_evaluated_leaves_no_result(
-    world_folder: Path, dataset: Path, make_clip: MakeClip, tmp_path: Path
+def test_the_command_writes_pictures_a_page_and_the_gates_figures(
+    world_folder: Path, dataset: Path, judge_folder: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    evaluate(world_folder, dataset, out, clips=2)
-    with pytest.raises(ConfigError, match="clips=1"):
-        evaluate(world_folder, dataset, out, clips=1)
-    with pytest.raises(CheckpointError, match=r"no world\.json"):
-        evaluate(dataset, dataset, out)
-    with ShardWriter(tmp_path / "one", KIND) as writer:
-        writer.add("only", make_clip(0).to_files())
-    with pytest.raises(DataError, match="at least 2"):
-        evaluate(world_folder, tmp_path / "one", out)
-    assert not (out / "eval.json").exists()
+    out = tmp_path / "runs" / "tiny.v2"
+    result = _run(world_folder, "--data", dataset, "--out", out, "--judge", judge_folder, "--clips", "2")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in out.parent.iterdir()) == ["tiny.v2", "tiny.v2.html", "tiny.v2.json"]
+    figures = json.loads((tmp_path / "runs" / "tiny.v2.json").read_text())
+    assert figures == json.loads((out / "eval.json").read_text())["figures"]
+    assert figures["turn_direction"]["clips"] == figures["psnr_1s_repeat_last"]["clips"] == 2
+    assert "turn_direction" in result.output and "needs long walks" in result.output
+
+
+def test_another_feature_extractor_takes_the_judges_place(world_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval"
+    arguments = (world_folder, "--data", dataset, "--out", out, "--clips", "2")
+    result = _run(*arguments, "--features", f"{__name__}:new_brightness")
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert figures["perceptual_1s"]["value"] > 0 and figures["turn_direction"]["value"] is None
+    for wrong in ("nowhere:brightness", f"{__name__}:missing", "nothing"):
+        error = _run(*arguments, "--features", wrong).exception
+        assert isinstance(error, ConfigError) and "expected module:function" in str(error), wrong
+
+
+def test_a_size_that_cannot_be_read_is_refused(world_folder: Path, tmp_path: Path) -> None:
+    error = _run(world_folder, "--data", tmp_path / "d", "--out", tmp_path / "o", "--record", "--size", "big").exception
+    assert isinstance(error, ConfigError) and "--size big" in str(error)
+
+
+class _Brightness:
+    """A FeatureExtractor that sees only how light frames are."""
+
+    def clip_features(self, frames: NDArray[np.uint8]) -> NDArray[np.float64]:
+        return np.asarray(frames.mean((1, 2, 3))[:2])
+
+    def frame_features(self, frames: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        return [frames.mean((1, 2, 3), keepdims=True).astype(np.float32)]
+
+    def perceptual(self, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
+        return np.abs(a.mean((1, 2, 3)) - b.mean((1, 2, 3)))
+
+
+def new_brightness() -> _Brightness:
+    """What --features names."""
+    return _Brightness()

@@ -1,6 +1,5 @@
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -8,12 +7,14 @@ import pytest
 
 from minwm.artifacts.registry import Lineage, ModelVersion, TrainedStage
 from minwm.errors import DataError
-from minwm.evaluation.commands import evaluate
+from minwm.evaluation.evaluate import EvaluationConfig, evaluate
 from minwm.evaluation.report import ReportInputs, write_report
+from minwm.models.worlds import World
+
+from .html import Page
 
 pytestmark = pytest.mark.unit
 
-_VOID = {"meta", "img", "br"}
 _LATENCY = {
     "model": "tiny",
     "chunks": 32,
@@ -27,34 +28,9 @@ _LATENCY = {
 }
 
 
-class _Page(HTMLParser):
-    """Text, and the addresses that the page refers to; fails when tags do not close in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.text, self.addresses = "", list[str]()
-        self._open: list[str] = []
-        self.feed(html)
-        assert not self._open, f"left open: {self._open}"
-        self.text = re.sub(r"\s+", " ", self.text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.text += " "
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in _VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, f"</{tag}> at {self.getpos()}"
-
-    def handle_data(self, data: str) -> None:
-        if self._open[-1:] != ["style"]:
-            self.text += data
-
-
 @pytest.fixture
-def inputs(world_folder: Path, dataset: Path, tmp_path: Path) -> ReportInputs:
-    evaluate(world_folder, dataset, tmp_path / "eval", clips=2)
+def inputs(world: World, dataset: Path, tmp_path: Path) -> ReportInputs:
+    evaluate(world, dataset, tmp_path / "eval", EvaluationConfig(clips=2))
     (tmp_path / "latency.json").write_text(json.dumps(_LATENCY))
     (tmp_path / "played.mp4").write_bytes((tmp_path / "eval" / "clip-001.mp4").read_bytes())
     stages = {}
@@ -89,7 +65,7 @@ def test_the_page_shows_every_input_and_every_file_it_names_lies_beside_it(
     inputs: ReportInputs, tmp_path: Path
 ) -> None:
     path = write_report(tmp_path / "out", inputs)
-    page = _Page(path.read_text())
+    page = Page(path.read_text())
     assert "not measured" not in page.text.lower()
     for shown in ("A <test>", "0.542 s", "17.44", "1 of 32", "base<1>", "tiny@3", "dmd (4 steps)", "clip-001", "30.0"):
         assert shown in page.text, f"{shown!r} is not on the page"
@@ -101,7 +77,7 @@ def test_the_page_shows_every_input_and_every_file_it_names_lies_beside_it(
 
 
 def test_missing_inputs_are_named_and_nothing_is_invented(tmp_path: Path) -> None:
-    page = _Page(write_report(tmp_path, ReportInputs(stages={"dmd": tmp_path / "nowhere"})).read_text())
+    page = Page(write_report(tmp_path, ReportInputs(stages={"dmd": tmp_path / "nowhere"})).read_text())
     assert "Not measured: session video, evaluation, latency, registry entry, stage dmd." in page.text
     assert not page.addresses
     assert not re.search(r"\d (s|dB|%)\b", page.text.replace("≤ 1 %", ""))
@@ -112,7 +88,7 @@ def test_a_figure_that_a_file_lacks_is_not_measured(inputs: ReportInputs, tmp_pa
         key: value for key, value in _LATENCY.items() if key not in ("action_to_frame_seconds", "server_seconds")
     }
     (tmp_path / "latency.json").write_text(json.dumps(latency))
-    page = _Page(write_report(tmp_path / "out", inputs).read_text())
+    page = Page(write_report(tmp_path / "out", inputs).read_text())
     assert "Action to frame, P95 not measured" in page.text
     assert "Time to first frame 0.314 s" in page.text
 
@@ -122,7 +98,7 @@ def test_a_resumed_runs_parts_add_up(tmp_path: Path) -> None:
     clock = [(0, 2.0), (1, 4.0), (2, 6.0), (1, 3.0), (2, 6.5)]  # stopped after step 2, went on from a checkpoint at 1
     lines = [json.dumps({"step": step, "generator_loss": 1.0, "seconds": seconds}) for step, seconds in clock]
     (tmp_path / "run" / "log.jsonl").write_text("\n".join(lines))
-    page = _Page(write_report(tmp_path / "out", ReportInputs(stages={"ar": tmp_path / "run"})).read_text())
+    page = Page(write_report(tmp_path / "out", ReportInputs(stages={"ar": tmp_path / "run"})).read_text())
     assert re.search(r"ar 3 not measured not measured 12\.5", page.text)
 
 

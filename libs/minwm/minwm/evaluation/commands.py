@@ -1,33 +1,22 @@
-"""The command `minwm eval`, and `evaluate`, which the pipeline calls too: a world measured on held-out clips.
+"""The command `minwm eval`: a world, or a backbone with its autoencoder, measured on held-out clips.
 
-Writes to the output folder a video and a strip per clip and, last, `eval.json`:
-`world`, `dataset`, `seed`, `clips`, `control` (see ControlMargin), `psnr` (see psnr_table), `metrics`, `seconds`.
+OUT holds pictures and everything found (`eval.json`); beside it lie `OUT.html`, the page, and `OUT.json`, the figures
+that decisions are taken on, each with its value and the clips behind it.
 """
 
-import json
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minwm.errors import ConfigError, DataError
-from minwm.progress import Report, progress_bar
+from minwm.errors import ConfigError
+from minwm.progress import progress_bar
 
 if TYPE_CHECKING:
-    from minwm.data.clips import Clip
-
-EVALUATION = "eval.json"
-CONTROL_LEVELS = 6
-CONTROL_FRAMES = 8  # of a window, as in training
-ROLLOUT_CHUNKS = 4  # 1.8 s of the wan-doom preset
-
-Bars = Callable[[str, int], AbstractContextManager[Report]]
-"""Opens the progress display of a task, by its title and its units of work."""
+    from minwm.evaluation.measures import Critics
+    from minwm.evaluation.teacher import TeacherRecord
+    from minwm.models.backbones import Backbone
 
 
 def register(app: typer.Typer) -> None:
@@ -36,91 +25,115 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate_world(
-    world: Annotated[Path, typer.Argument(help="World folder: backbone, autoencoder and world.json.")],
+    world: Annotated[Path, typer.Argument(help="World folder, or a backbone's with --autoencoder.")],
     data: Annotated[Path, typer.Option(help="Dataset folder; its held-out clips are used.")],
-    out: Annotated[Path, typer.Option(help="Folder for eval.json, videos and picture strips.")],
-    clips: Annotated[int, typer.Option(min=2, help="Held-out clips to use, at most.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for pictures; OUT.html and OUT.json are written beside it.")],
+    autoencoder: Annotated[Path | None, typer.Option(help="Autoencoder folder, where WORLD is a backbone's.")] = None,
+    judge: Annotated[Path | None, typer.Option(help="Folder of the network that sees motion and compares.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="module:function that makes another FeatureExtractor than the judge.")
+    ] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Many-step teacher: backbone folder, or its record.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Bidirectional backbone folder, to time.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Long walks and speed too; more and longer clips.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; the world's own, or 4, if not given.")] = None,
+    clips: Annotated[int | None, typer.Option(help="Held-out clips to use, at most.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Of rollouts along the clips' true paths.")] = None,
+    long_clips: Annotated[int | None, typer.Option(help="Clips from which long walks start.")] = None,
+    long_seconds: Annotated[float | None, typer.Option(help="Of long walks.")] = None,
+    teacher_clips: Annotated[int | None, typer.Option(help="Clips that the teacher rolls out, at most.")] = None,
+    teacher_steps: Annotated[int | None, typer.Option(help="Steps that the teacher takes.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 0,
+    record: Annotated[bool, typer.Option("--record", help="Play VizDoom, once, into a folder under DATA.")] = False,
+    scene: Annotated[list[str] | None, typer.Option(help="With --record: wad:map; repeatable.")] = None,
+    size: Annotated[str, typer.Option(help="With --record and a backbone: pixels, HEIGHTxWIDTH.")] = "144x192",
 ) -> None:
     """Measure a world model on held-out clips: does the camera control it, how near are its frames to the true ones."""
+    from minwm.evaluation.evaluate import FULL, EvaluationConfig, evaluate, write_json
+    from minwm.evaluation.heldout import HeldoutConfig, open_world, record_heldout
+    from minwm.evaluation.page import write_page
+    from minwm.models.backbones import load_backbone
+
+    asked = {
+        "clips": clips,
+        "seconds": seconds,
+        "long_clips": long_clips,
+        "long_seconds": long_seconds,
+        "teacher_clips": teacher_clips,
+        "teacher_steps": teacher_steps,
+        "seed": seed,
+    }
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    config = replace(FULL if full else EvaluationConfig(), **given)
+    if record:
+        heldout = HeldoutConfig(size=_size(size))
+        heldout = replace(heldout, scenes=tuple(scene)) if scene else heldout
+        data = record_heldout(data, world, autoencoder, heldout, progress_bar)
+    result = evaluate(
+        open_world(world, autoencoder, data, steps),
+        data,
+        out,
+        config,
+        critics=_critics(judge, features),
+        teacher=None if teacher is None else _teacher(teacher),
+        base=None if base is None else load_backbone(base, _dtype()),
+        bars=progress_bar,
+    )
+    write_page(out.with_name(f"{out.name}.html"), result, out)
+    write_json(out.with_name(f"{out.name}.json"), result["figures"])
+    _print(result, out)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise ConfigError(f"--size {text}: expected HEIGHTxWIDTH in pixels, such as 144x192")
+    return int(height), int(width)
+
+
+def _critics(judge: Path | None, features: str | None) -> "Critics":
+    """The judge as both critics, or another extractor in its place as the second."""
+    import importlib
+
+    from minwm.artifacts.store import folder_digest
+    from minwm.evaluation.judge import load_judge
+    from minwm.evaluation.measures import Critics
+
+    seen = None if judge is None else load_judge(judge)
+    name = "" if judge is None else folder_digest(judge)
+    if features is None:
+        return Critics(name=name, motion=seen, features=seen)
+    module, _, function = features.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--features {features}: expected module:function ({error})") from error
+    return Critics(name=f"{name} {features}", motion=seen, features=make())
+
+
+def _teacher(path: Path) -> "Backbone | TeacherRecord":
+    from minwm.evaluation.teacher import load_teacher
+    from minwm.models.backbones import load_backbone
+
+    return load_backbone(path, _dtype()) if path.is_dir() else load_teacher(path)
+
+
+def _dtype() -> Any:
+    import torch
+
+    return torch.bfloat16
+
+
+def _print(result: dict[str, Any], out: Path) -> None:
+    """The figures that matter most, at a glance."""
     from rich.console import Console
     from rich.table import Table
 
-    result = evaluate(world, data, out, clips=clips, seed=seed, bars=progress_bar)
-    table = Table("PSNR in dB after", "generated", "last frame repeated", "autoencoder alone")
-    for row in result["psnr"]["at"]:
-        figures = (f"{row[name]:.2f}" for name in ("generated", "repeat_last", "autoencoder"))
-        table.add_row(f"{row['seconds']} s", *figures)
+    table = Table("figure", "value", "clips")
+    for name, figure in result["figures"].items():
+        value = figure["value"]
+        table.add_row(name, figure["missing"] if value is None else f"{value:.4g}", str(figure.get("clips", "")))
     console = Console(highlight=False)
     console.print(table)
     console.print(result["control"]["verdict"])
-    console.print(f"figures in {out / EVALUATION}")
-
-
-@contextmanager
-def _silent(title: str, total: int) -> Iterator[Report]:
-    yield lambda done, note="": None
-
-
-def evaluate(
-    world_folder: Path, data: Path, out: Path, *, clips: int = 8, seed: int = 0, bars: Bars = _silent
-) -> dict[str, Any]:
-    """Measure a world on up to `clips` held-out clips, write the results to `out`, and return what `eval.json` holds.
-
-    Raises ConfigError for fewer than two clips asked for, CheckpointError for a folder that is no world, DataError
-    for a dataset without two held-out clips that fit the world.
-    """
-    if clips < 2:
-        raise ConfigError(f"clips={clips}: expected at least 2, poses are exchanged between clips")
-    from minwm.data.clips import load_clips
-    from minwm.evaluation.control import control_margin
-    from minwm.evaluation.rollouts import compare, psnr_table, write_pictures
-    from minwm.models.worlds import load_world
-
-    started = time.monotonic()
-    world = load_world(world_folder)
-    heldout, manifest = load_clips(data, "heldout")
-    chosen = _spread(heldout, clips)
-    shortest = min(len(clip.latents) for clip in chosen)
-    chunk = world.backbone.config.history.chunk
-    if shortest < 2 * chunk:
-        raise DataError(f"{data}: a held-out clip has {shortest} latent frames, expected at least {2 * chunk}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / EVALUATION).unlink(missing_ok=True)  # an older one would make new pictures look complete
-    with bars("control", CONTROL_LEVELS) as report:
-        frames = min(CONTROL_FRAMES, shortest)
-        control = control_margin(
-            world.backbone, chosen, seed=seed, levels=CONTROL_LEVELS, frames=frames, progress=report
-        )
-    comparisons, pictures = [], []
-    with bars("rollouts", len(chosen)) as report:
-        for done, clip in enumerate(chosen, start=1):
-            chunks = min(ROLLOUT_CHUNKS, shortest // chunk - 1)
-            comparisons.append(compare(world, clip, chunks=chunks, seed=seed))
-            pictures.append({"name": clip.name, **write_pictures(comparisons[-1], out, world.card.fps)})
-            report(done)
-    psnr = psnr_table(comparisons, world.card.fps)
-    result = {
-        "world": {"name": world.card.name, "steps": world.card.steps, "fps": world.card.fps},
-        "dataset": manifest.digest(),
-        "seed": seed,
-        "clips": pictures,
-        "control": {**asdict(control), "learned": control.learned, "verdict": control.verdict()},
-        "psnr": psnr,
-        "metrics": {
-            "control_margin": control.margin,
-            "control_margin_error": control.standard_error,
-            **{f"psnr_{row['seconds']}s": row["generated"] for row in psnr["at"]},
-        },
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    partial = out / f".{EVALUATION}.{os.getpid()}"
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, out / EVALUATION)
-    return result
-
-
-def _spread(clips: Sequence["Clip"], count: int) -> list["Clip"]:
-    """At most `count` of them, at even distances, so that every episode has its share."""
-    count = min(count, len(clips))
-    return [clips[place * len(clips) // count] for place in range(count)]
+    console.print(f"page in {out}.html, figures in {out}.json")

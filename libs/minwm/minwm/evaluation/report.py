@@ -4,10 +4,8 @@ One page without scripts or outside requests, in light and dark. What was not ha
 a file that is there but cannot be read is a DataError.
 """
 
-import io
 import json
 import os
-import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import ChainableUndefined, Environment, PackageLoader
 
 from minwm.artifacts.registry import ModelVersion
 from minwm.errors import DataError
-from minwm.evaluation.commands import EVALUATION
+from minwm.evaluation.evaluate import EVALUATION
+from minwm.evaluation.page import curve_axes, hardware, render
+from minwm.evaluation.plots import Axes, Line, plot
 
 REPORT, MEDIA = "report.html", "report"
 _LOG, _MODEL_CONFIG = "log.jsonl", "model/config.json"
-_INK = "#767676"  # plots lie on light and dark pages: grey is read on both
-_HUES = ("#3b82c4", "#d9822b", "#4c9f70")
 _SMOOTH_FROM = 40  # steps from which a running mean is drawn over the losses
 
 
@@ -88,7 +85,7 @@ def _page(inputs: ReportInputs, media: Path) -> str:
         {**clip, **{kind: _copy((inputs.evaluation or Path()) / clip[kind], media) for kind in ("video", "strip")}}
         for clip in evaluation.get("clips", ())
     ]
-    curves = evaluation.get("psnr", {}).get("per_frame")
+    curves = evaluation.get("quality", {}).get("psnr")
     sections = {
         "session video": session_video,
         "evaluation": evaluation,
@@ -98,11 +95,8 @@ def _page(inputs: ReportInputs, media: Path) -> str:
     }
     missing = [name for name, content in sections.items() if not content]
     missing += [f"stage {name}" for name, stage in stages.items() if stage is None]
-    # What a file lacks is undefined in the template too, and shown as not measured.
-    environment = Environment(
-        loader=PackageLoader("minwm.evaluation"), autoescape=True, undefined=ChainableUndefined, trim_blocks=True
-    )
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         title=inputs.title,
         missing=missing,
         hardware=hardware(),
@@ -112,21 +106,14 @@ def _page(inputs: ReportInputs, media: Path) -> str:
         latency=latency,
         session_video=session_video,
         registered=inputs.registered,
-        psnr_plot=curves and _plot(media, "psnr", _psnr_axes(curves, evaluation["world"]["fps"])),
+        psnr_plot=curves and _draw(media, "psnr", [curve_axes("psnr", curves, evaluation["world"]["fps"])]),
     )
 
 
-def hardware() -> dict[str, str]:
-    """This machine: `cpu`, `cores` (those this process may use), `memory`; what /proc does not tell is absent."""
-    found = {"cores": str(len(os.sched_getaffinity(0))), "system": f"{platform.system()} {platform.machine()}"}
-    for path, key, name in (("/proc/cpuinfo", "model name", "cpu"), ("/proc/meminfo", "MemTotal", "memory")):
-        if Path(path).is_file():
-            rows = (line.partition(":") for line in Path(path).read_text().splitlines())
-            values = [value.strip() for label, _, value in rows if label.strip() == key]
-            found |= {name: values[0]} if values else {}
-    if "memory" in found:
-        found["memory"] = f"{int(found['memory'].removesuffix(' kB')) / 2**20:.1f} GiB"
-    return found
+def _draw(media: Path, name: str, axes: Sequence[Axes]) -> str:
+    """Draw a plot to a file beside the page; its address."""
+    (media / f"{name}.svg").write_text(plot(name, axes))
+    return f"{MEDIA}/{name}.svg"
 
 
 def _read_json(path: Path | None) -> dict[str, Any]:
@@ -172,7 +159,7 @@ def _read_stage(name: str, folder: Path, media: Path) -> _Stage | None:
         seconds=sum(ends),
         losses=losses,
         about=_read_json(folder / _MODEL_CONFIG).get("about", {}),
-        plot=_plot(media, f"loss-{name}", _loss_axes(losses)) if losses else "",
+        plot=_draw(media, f"loss-{name}", _loss_axes(losses)) if losses else "",
     )
 
 
@@ -184,55 +171,13 @@ def _series(
     return sorted(found), [found[step] for step in sorted(found)]
 
 
-_Axes = Sequence[tuple[str, str, Sequence[tuple[str, Any, Any]]]]
-"""Plots below each other: label of x, label of y, and lines as (name, x, y)."""
-
-
-def _loss_axes(losses: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> _Axes:
+def _loss_axes(losses: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> list[Axes]:
     axes = []
     for name, (steps, values) in losses.items():
-        lines: list[tuple[str, Any, Any]] = [("each step", steps, values)]
+        lines: list[Line] = [("each step", steps, values)]
         if len(values) >= _SMOOTH_FROM:
             width = len(values) // 10
             mean = np.convolve(values, np.ones(width) / width, "valid")
             lines.append((f"mean of {width}", steps[width // 2 : width // 2 + len(mean)], mean))
-        axes.append(("step", name.replace("_", " "), lines))
+        axes.append(Axes("step", name.replace("_", " "), lines))
     return axes
-
-
-def _psnr_axes(curves: Mapping[str, Sequence[float]], fps: float) -> _Axes:
-    seconds = (np.arange(len(curves["generated"])) + 1) / fps
-    return [
-        (
-            "seconds after the last given frame",
-            "PSNR, dB",
-            [(n.replace("_", " "), seconds, c) for n, c in curves.items()],
-        )
-    ]
-
-
-def _plot(media: Path, name: str, axes: _Axes) -> str:
-    """Draw the axes to an SVG beside the page; its address."""
-    import matplotlib as mpl  # takes a second, and only the report draws
-    from matplotlib.figure import Figure
-
-    settings: dict[Any, Any] = dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
-    )
-    settings |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "font.family": "sans-serif"}
-    buffer = io.StringIO()
-    with mpl.rc_context(settings):
-        figure = Figure(figsize=(4.2, 2.1 * len(axes)), layout="constrained")
-        for place, (x_label, y_label, lines) in enumerate(axes):
-            plot = figure.add_subplot(len(axes), 1, place + 1)
-            for hue, (label, x, y) in zip(_HUES, lines, strict=False):
-                plot.plot(x, y, color=hue, label=label, linewidth=1.4, marker="." if len(x) < _SMOOTH_FROM else "")
-            plot.set_xlabel(x_label)
-            plot.set_ylabel(y_label)
-            plot.spines[["top", "right"]].set_visible(False)
-            plot.patch.set_visible(False)
-            if len(lines) > 1:
-                plot.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(lines))
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    (media / f"{name}.svg").write_text(buffer.getvalue())
-    return f"{MEDIA}/{name}.svg"

@@ -36,6 +36,7 @@ from minwm.training.consistency import Consistency, ConsistencyConfig
 from minwm.training.decoder import DecoderStage, DecoderStageConfig
 from minwm.training.dmd import DMD, DMDConfig
 from minwm.training.engine import OptimizerConfig
+from minwm.training.judge import JudgeStage, JudgeStageConfig, load_play
 from minwm.training.loader import Cached, Samples
 from minwm.training.loop import Progress, train
 from minwm.training.metrics import Work
@@ -184,6 +185,12 @@ def _autoencoder(request: _Request) -> _Job:
     return _Job(stage=stage, samples=episodes, heldout=(), digest=shards.manifest.digest())
 
 
+def _judge(request: _Request) -> _Job:
+    config = request.method(JudgeStageConfig)
+    plays, digest = load_play(request.recipe.data, config.heldout_every)
+    return _Job(stage=JudgeStage(config, plays, request.recipe.run.seed), samples=plays, heldout=(), digest=digest)
+
+
 def _on_clips(make: Callable[[_Request], Stage], *, video: bool = False) -> Callable[[_Request], _Job]:
     def prepare(request: _Request) -> _Job:
         stage, run = make(request), request.recipe.run
@@ -221,10 +228,11 @@ def _ode(request: _Request) -> _Job:
     return _Job(stage=stage, samples=trajectories.samples, heldout=(), digest=trajectories.digest)
 
 
-_WITHOUT_BACKBONE = ("autoencoder", "decoder")
+_WITHOUT_BACKBONE = ("autoencoder", "decoder", "judge")
 _APART = ("data", "run", "optimizers", "encoders")  # of the recipe: what decides the numbers otherwise, or in part
 _STAGES: dict[str, Callable[[_Request], _Job]] = {
     "autoencoder": _autoencoder,
+    "judge": _judge,
     "decoder": _on_clips(lambda r: DecoderStage(r.method(DecoderStageConfig), r.recipe.run.seed), video=True),
     "bidirectional": _on_clips(lambda r: Bidirectional(r.method(BidirectionalConfig), r.backbone())),
     "autoregressive": _on_clips(lambda r: Autoregressive(r.method(AutoregressiveConfig), r.backbone())),

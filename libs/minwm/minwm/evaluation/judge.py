@@ -1,0 +1,258 @@
+"""A small network that judges game video, real or generated: how the camera moved, and what is to be seen.
+
+It reads five RGB frames, the last one of a group of four and the four of the next: their motion is the one between
+two latent frames' poses. What it computes on the way serves as the feature space of a Fréchet video distance and of a
+perceptual distance. It is trained on play (minwm.training.judge) and shares nothing with any generator.
+
+Frames are (t, y, x, 3) uint8 RGB of any size; they are looked at in 72 × 96 pixels. A motion is (4,): right, forward,
+down in world units along the earlier camera's axes, and yaw to the right in degrees.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from minwm.config import build
+from minwm.errors import ConfigError, DataError
+from minwm.geometry.camera import require_rigid
+from minwm.models.checkpoints import load_weights, read_config, save_model
+from minwm.models.layout import FRAMES_PER_LATENT
+
+SIZE = (72, 96)  # pixels (y, x) that the network looks at
+WINDOW = FRAMES_PER_LATENT + 1  # RGB frames that one motion spans
+LEAST_CLIP = 8  # RGB frames
+_CELL = 3  # pixels of 72 × 96 along the side of the finest maps' cells
+_REACH = (2, 3)  # cells (y, x) that a thing may move between two frames
+_DESCRIPTOR = 16  # channels in which cells are compared
+_NARROW = 32  # channels of the trunk's last maps, which are flattened
+_BATCH = 32  # windows at a time, when a clip is judged
+_SMALL = 1e-6
+
+
+class MotionEstimator(Protocol):
+    """Sees how the camera moved."""
+
+    def motions(self, frames: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """The motions (t/4 − 1, 4) between the last frames of consecutive groups of four of `frames` (t, y, x, 3)."""
+
+
+class FeatureExtractor(Protocol):
+    """A feature space in which videos and pictures can be compared."""
+
+    def clip_features(self, frames: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """One vector (d,) of a clip of eight frames or more, for a Fréchet distance between sets of clips."""
+
+    def frame_features(self, frames: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """Maps (t, c, y, x) of each frame by itself, fine to coarse, of unit length along c."""
+
+    def perceptual(self, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """The distance (t,) between the frames of `a` and those of `b`; 0 for equal ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """labels: names of things it tells apart; scenes: the `wad:map` it tells apart.
+
+    widths:   channels of maps of 24 × 32, 12 × 16 and 6 × 8 cells
+    trunk:    channels where appearance and motion have met
+    features: length of the vector that everything is read from
+    scale:    the motion that counts as one: right, forward, down (world units), yaw (degrees)
+    """
+
+    labels: tuple[str, ...]
+    scenes: tuple[str, ...]
+    widths: tuple[int, int, int] = (32, 64, 96)
+    trunk: int = 96
+    features: int = 128
+    scale: tuple[float, float, float, float] = (0.5, 0.5, 0.1, 5.0)
+
+    def __post_init__(self) -> None:
+        if min(*self.widths, self.trunk) < 8 or any(width % 8 for width in (*self.widths, self.trunk)):
+            raise ConfigError(f"widths={self.widths}, trunk={self.trunk}: expected multiples of 8")
+        if not self.labels or not self.scenes or min(self.scale) <= 0:
+            raise ConfigError("judge: expected at least one label and one scene, and scales above 0")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the network says of windows: motions (b, 4), logits of labels and of scenes (b, ·), features (b, d)."""
+
+    motions: Tensor
+    labels: Tensor
+    scenes: Tensor
+    features: Tensor
+
+
+class Judge(nn.Module):
+    """A MotionEstimator and a FeatureExtractor.
+
+    Pictures are encoded each by itself; consecutive ones are compared cell by cell (the correlation layer of
+    FlowNet, arXiv:1504.06852); a trunk puts the comparisons together with what the last picture shows.
+    """
+
+    def __init__(self, config: JudgeConfig) -> None:
+        super().__init__()
+        self.config = config
+        fine, middle, coarse = config.widths
+        shifts = (2 * _REACH[0] + 1) * (2 * _REACH[1] + 1)
+        self.fine = nn.Sequential(_conv(3 * _CELL**2, fine), _conv(fine, fine))
+        self.middle = nn.Sequential(_conv(fine, middle, stride=2), _conv(middle, middle))
+        self.coarse = nn.Sequential(_conv(middle, coarse, stride=2), _conv(coarse, coarse))
+        self.describe = nn.Conv2d(fine, _DESCRIPTOR, 1)
+        self.compared = _conv(shifts, fine, stride=2)
+        self.meet = _conv((WINDOW - 1) * fine + middle, config.trunk, stride=2)
+        self.mix = _conv(config.trunk + coarse, config.trunk)
+        self.narrow = _conv(config.trunk, _NARROW)
+        cells = SIZE[0] * SIZE[1] // (4 * _CELL) ** 2
+        self.features = nn.Sequential(nn.Linear(_NARROW * cells, config.features), nn.ReLU())
+        self.motion = nn.Linear(config.features, 4)
+        self.label = nn.Linear(config.features, len(config.labels))
+        self.scene = nn.Linear(config.features, len(config.scenes))
+
+    def forward(self, frames: Tensor) -> Judgement:
+        """Judge windows (b, 5, 3, 72, 96) of frames in [0, 1]; labels and scenes are those of the last frame."""
+        b, t = frames.shape[:2]
+        fine = self.fine(_cells(frames.flatten(0, 1)))
+        described = _unit(self.describe(fine)).unflatten(0, (b, t))
+        compared = self.compared(correlation(described[:, :-1].flatten(0, 1), described[:, 1:].flatten(0, 1), _REACH))
+        middle = self.middle(fine.unflatten(0, (b, t))[:, -1])
+        met = self.meet(torch.cat([compared.unflatten(0, (b, t - 1)).flatten(1, 2), middle], dim=1))
+        trunk = self.narrow(self.mix(torch.cat([met, self.coarse(middle)], dim=1)))
+        features = self.features(trunk.flatten(1))
+        scale = torch.tensor(self.config.scale, device=features.device)
+        return Judgement(self.motion(features).float() * scale, self.label(features), self.scene(features), features)
+
+    def motions(self, frames: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """As MotionEstimator. Raises DataError unless `t` is a multiple of four, eight or more."""
+        if len(frames) % FRAMES_PER_LATENT:
+            raise DataError(f"frames: got {len(frames)}, expected a multiple of {FRAMES_PER_LATENT}")
+        found = [judged.motions for judged in self._judged(frames, first=FRAMES_PER_LATENT - 1)]
+        return torch.cat(found).double().cpu().numpy()
+
+    def clip_features(self, frames: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """As FeatureExtractor: the mean over windows of five frames, one every four frames from the clip's first.
+
+        70 frames (4 s) have 17 windows; of another length, frames that don't fill a window are left out. Raises
+        DataError for fewer than eight frames.
+        """
+        return torch.cat([judged.features for judged in self._judged(frames)]).double().mean(0).cpu().numpy()
+
+    def recognise(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Probabilities of labels (k, ·) and of scenes (k, ·) at the end of each window of `clip_features`."""
+        judged = list(self._judged(frames))
+        labels = torch.cat([part.labels for part in judged]).double().sigmoid()
+        scenes = torch.cat([part.scenes for part in judged]).double().softmax(-1)
+        return labels.cpu().numpy(), scenes.cpu().numpy()
+
+    def frame_features(self, frames: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """As FeatureExtractor, of 24 × 32, 12 × 16 and 6 × 8 cells."""
+        return [maps.cpu().numpy() for maps in self._frame_maps(frames)]
+
+    def perceptual(self, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """As FeatureExtractor: squared distances of unit features, averaged over places and scales, in [0, 4].
+
+        LPIPS without its learned weights (arXiv:1801.03924, equation 1). Raises DataError for unequal lengths.
+        """
+        if len(a) != len(b):
+            raise DataError(f"perceptual: got {len(a)} and {len(b)} frames, expected equally many")
+        scales = zip(self._frame_maps(a), self._frame_maps(b), strict=True)
+        distances = [(left - right).double().square().sum(1).mean((1, 2)) for left, right in scales]
+        return torch.stack(distances).mean(0).cpu().numpy()
+
+    @torch.inference_mode()
+    def _judged(self, frames: NDArray[np.uint8], first: int = 0) -> Iterator[Judgement]:
+        """Judgements, in batches, of the windows that start at `first` and at every fourth frame after it."""
+        if len(frames) < LEAST_CLIP:
+            raise DataError(f"frames: got {len(frames)}, expected {LEAST_CLIP} or more")
+        pictures = self._pictures(frames)
+        starts = range(first, len(frames) - WINDOW + 1, FRAMES_PER_LATENT)
+        for place in range(0, len(starts), _BATCH):
+            yield self(torch.stack([pictures[start : start + WINDOW] for start in starts[place : place + _BATCH]]))
+
+    @torch.inference_mode()
+    def _frame_maps(self, frames: NDArray[np.uint8]) -> list[Tensor]:
+        scales = []
+        for pictures in self._pictures(frames).split(_BATCH):
+            fine = self.fine(_cells(pictures))
+            middle = self.middle(fine)
+            scales.append([_unit(maps.float()) for maps in (fine, middle, self.coarse(middle))])
+        return [torch.cat(maps) for maps in zip(*scales, strict=True)]
+
+    def _pictures(self, frames: NDArray[np.uint8]) -> Tensor:
+        """(t, 3, 72, 96) in [0, 1]."""
+        device = self.motion.weight.device
+        return torch.from_numpy(shrink(frames)).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def shrink(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Frames (t, y, x, 3) in the size the network looks at, (t, 72, 96, 3). Raises DataError for another shape."""
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise DataError(f"frames: got {frames.dtype} {frames.shape}, expected uint8 (t, y, x, 3)")
+    if frames.shape[1:3] == SIZE:
+        return frames
+    pictures = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    small = F.interpolate(pictures, SIZE, mode="bilinear", antialias=True)
+    return small.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def correlation(first: Tensor, second: Tensor, reach: tuple[int, int]) -> Tensor:
+    """Products of each cell of `first` (b, c, y, x) and those of `second` up to `reach` (y, x) cells away.
+
+    (b, (2·reach_y + 1)·(2·reach_x + 1), y, x), shifts row by row from up left to down right; 0 beyond the edge.
+    """
+    rise, run = reach
+    height, width = first.shape[-2:]
+    rows = first.permute(0, 2, 3, 1)
+    other = F.pad(second, (run, run, rise, rise)).permute(0, 2, 1, 3)
+    bands = []
+    for down in range(2 * rise + 1):
+        products = rows @ other[:, down : down + height]  # (b, y, x, x + 2·run)
+        # One more column per row, and what lay on the diagonal from (0, k) to (x, x + k) lies in column k.
+        skewed = F.pad(products.flatten(2), (0, width)).unflatten(2, (width, width + 2 * run + 1))
+        bands.append(skewed[..., : 2 * run + 1])
+    return torch.cat(bands, dim=-1).permute(0, 3, 1, 2)
+
+
+def true_motions(poses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The motions (f − 1, 4) between camera-to-world poses (f, 4, 4). Raises DataError for poses that aren't rigid."""
+    require_rigid(poses)
+    back = poses[:-1, :3, :3].swapaxes(1, 2)
+    right, down, forward = (back @ (poses[1:, :3, 3:] - poses[:-1, :3, 3:]))[..., 0].T
+    ahead = (back @ poses[1:, :3, :3])[..., 2]
+    yaw = np.degrees(np.arctan2(ahead[:, 0], ahead[:, 2]))
+    return np.stack([right, forward, down, yaw], axis=1)
+
+
+def save_judge(folder: Path, judge: Judge, about: Mapping[str, Any] | None = None) -> None:
+    """Write a judge's folder, in bf16."""
+    save_model(folder, judge, kind="judge", config=judge.config, about=about)
+
+
+def load_judge(folder: Path) -> Judge:
+    """A judge ready to judge, in float32. Raises CheckpointError for another kind of folder or weights that misfit."""
+    content = read_config(folder, "judge")
+    judge = Judge(build(JudgeConfig, content["config"], f"{folder}/config.json"))
+    load_weights(judge, folder)
+    return judge.eval().requires_grad_(False)
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.GroupNorm(outputs // 8, outputs), nn.ReLU()
+    )
+
+
+def _cells(pictures: Tensor) -> Tensor:
+    """Pictures (b, 3, y, x) in [0, 1] as cells of 3 × 3 pixels (b, 27, y/3, x/3), centred on zero."""
+    return F.pixel_unshuffle(2 * pictures - 1, _CELL).contiguous(memory_format=torch.channels_last)
+
+
+def _unit(maps: Tensor) -> Tensor:
+    return F.normalize(maps, dim=1, eps=_SMALL)
