@@ -8,7 +8,8 @@ Frames are (t, y, x, 3) uint8 RGB of any size; they are looked at in 72 × 96 pi
 down in world units along the earlier camera's axes, and yaw to the right in degrees.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ from minwm.models.layout import FRAMES_PER_LATENT
 SIZE = (72, 96)  # pixels (y, x) that the network looks at
 WINDOW = FRAMES_PER_LATENT + 1  # RGB frames that one motion spans
 LEAST_CLIP = 8  # RGB frames
+LEAST_TURN = 1.0  # degrees per latent frame that have a side
+LEAST_MOVE = 0.25  # world units per latent frame that have a direction: a quarter of walking
 _CELL = 3  # pixels of 72 × 96 along the side of the finest maps' cells
 _REACH = (2, 3)  # cells (y, x) that a thing may move between two frames
 _DESCRIPTOR = 16  # channels in which cells are compared
@@ -230,6 +233,68 @@ def true_motions(poses: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([right, forward, down, yaw], axis=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MotionError:
+    """How far estimated motions are from true ones; a share or mean over nothing is NaN.
+
+    turn_direction:       share of `turns`, motions of more than 1° of yaw, estimated to the right side
+    move_direction:       share of `moves`, of more than 0.25 world units over ground, estimated less than 45° off
+    rotation_error_deg:   mean absolute error of yaw over all `motions`; rotation_relative: over mean absolute yaw
+    translation_error:    mean length of the error over ground, world units; translation_relative: over mean length
+    """
+
+    turn_direction: float
+    move_direction: float
+    rotation_error_deg: float
+    rotation_relative: float
+    translation_error: float
+    translation_relative: float
+    turns: int
+    moves: int
+    motions: int
+
+
+def motion_error(estimated: NDArray[np.float64], true: NDArray[np.float64]) -> MotionError:
+    """Compare motions (n, 4) with the true ones. Raises DataError when there are none, or not equally many."""
+    if estimated.shape != true.shape or true.shape[1:] != (4,) or not len(true):
+        raise DataError(f"motions: got {estimated.shape} and {true.shape}, expected twice the same (n, 4), n above 0")
+    yaw, ground = true[:, 3], true[:, :2]
+    length = np.linalg.norm(ground, axis=1)
+    turns, moves = np.abs(yaw) > LEAST_TURN, length > LEAST_MOVE
+    along = (estimated[:, :2] * ground).sum(1)
+    near = along > np.sqrt(0.5) * length * np.linalg.norm(estimated[:, :2], axis=1)
+    rotation = _mean(np.abs(estimated[:, 3] - yaw))
+    translation = _mean(np.linalg.norm(estimated[:, :2] - ground, axis=1))
+    return MotionError(
+        turn_direction=_mean((estimated[:, 3] * yaw > 0)[turns]),
+        move_direction=_mean(near[moves]),
+        rotation_error_deg=rotation,
+        rotation_relative=_ratio(rotation, _mean(np.abs(yaw))),
+        translation_error=translation,
+        translation_relative=_ratio(translation, _mean(length)),
+        turns=int(turns.sum()),
+        moves=int(moves.sum()),
+        motions=len(true),
+    )
+
+
+def estimator_error(
+    estimator: MotionEstimator, clips: Iterable[tuple[NDArray[np.uint8], NDArray[np.float64]]]
+) -> MotionError:
+    """The estimator's own error on real clips: frames (4·f, y, x, 3), and poses (f, 4, 4) of every fourth's camera."""
+    pairs = [(estimator.motions(frames), true_motions(poses)) for frames, poses in clips]
+    if not pairs:
+        raise DataError("clips: got none, expected at least one")
+    estimated, true = (np.concatenate(motions) for motions in zip(*pairs, strict=True))
+    return motion_error(estimated, true)
+
+
+def average_precision(scores: NDArray[np.float64], true: NDArray[np.bool_]) -> float:
+    """The mean precision (n,) at each true item when the items are ranked by score, best first; NaN without any."""
+    hits = true[np.argsort(-scores, kind="stable")]
+    return _mean((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits])
+
+
 def save_judge(folder: Path, judge: Judge, about: Mapping[str, Any] | None = None) -> None:
     """Write a judge's folder, in bf16."""
     save_model(folder, judge, kind="judge", config=judge.config, about=about)
@@ -252,6 +317,14 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 def _cells(pictures: Tensor) -> Tensor:
     """Pictures (b, 3, y, x) in [0, 1] as cells of 3 × 3 pixels (b, 27, y/3, x/3), centred on zero."""
     return F.pixel_unshuffle(2 * pictures - 1, _CELL).contiguous(memory_format=torch.channels_last)
+
+
+def _mean(values: NDArray[np.floating] | NDArray[np.bool_]) -> float:
+    return float(values.mean()) if values.size else math.nan
+
+
+def _ratio(value: float, by: float) -> float:
+    return value / by if by else math.nan
 
 
 def _unit(maps: Tensor) -> Tensor:
