@@ -34,6 +34,7 @@ LEAST_MOVE = 0.25  # world units per latent frame that have a direction: a quart
 _CELL = 3  # pixels of 72 × 96 along the side of the finest maps' cells
 _REACH = (2, 3)  # cells (y, x) that a thing may move between two frames
 _DESCRIPTOR = 16  # channels in which cells are compared
+_TEMPERATURE = 0.1  # of the softmax over shifts
 _NARROW = 32  # channels of the trunk's last maps, which are flattened
 _BATCH = 32  # windows at a time, when a clip is judged
 _SMALL = 1e-6
@@ -96,8 +97,8 @@ class Judgement:
 class Judge(nn.Module):
     """A MotionEstimator and a FeatureExtractor.
 
-    Pictures are encoded each by itself; consecutive ones are compared cell by cell (the correlation layer of
-    FlowNet, arXiv:1504.06852); a trunk puts the comparisons together with what the last picture shows.
+    Pictures are encoded each by itself; consecutive ones are compared cell by cell (the correlation layer of FlowNet,
+    arXiv:1504.06852), which also gives a coarse flow; a trunk puts that together with what the last picture shows.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -109,12 +110,12 @@ class Judge(nn.Module):
         self.middle = nn.Sequential(_conv(fine, middle, stride=2), _conv(middle, middle))
         self.coarse = nn.Sequential(_conv(middle, coarse, stride=2), _conv(coarse, coarse))
         self.describe = nn.Conv2d(fine, _DESCRIPTOR, 1)
-        self.compared = _conv(shifts, fine, stride=2)
-        self.meet = _conv((WINDOW - 1) * fine + middle, config.trunk, stride=2)
-        self.mix = _conv(config.trunk + coarse, config.trunk)
-        self.narrow = _conv(config.trunk, _NARROW)
+        self.compared = _plain_conv(shifts + 2, fine, stride=2)
+        self.meet = _plain_conv((WINDOW - 1) * fine + middle, config.trunk, stride=2)
+        self.mix = _plain_conv(config.trunk + coarse, config.trunk)
+        self.narrow = _plain_conv(config.trunk, _NARROW)
         cells = SIZE[0] * SIZE[1] // (4 * _CELL) ** 2
-        self.features = nn.Sequential(nn.Linear(_NARROW * cells, config.features), nn.ReLU())
+        self.features = nn.Sequential(nn.Linear((_NARROW + 2 * (WINDOW - 1)) * cells, config.features), nn.ReLU())
         self.motion = nn.Linear(config.features, 4)
         self.label = nn.Linear(config.features, len(config.labels))
         self.scene = nn.Linear(config.features, len(config.scenes))
@@ -123,12 +124,15 @@ class Judge(nn.Module):
         """Judge windows (b, 5, 3, 72, 96) of frames in [0, 1]; labels and scenes are those of the last frame."""
         b, t = frames.shape[:2]
         fine = self.fine(_cells(frames.flatten(0, 1)))
-        described = _unit(self.describe(fine)).unflatten(0, (b, t))
-        compared = self.compared(correlation(described[:, :-1].flatten(0, 1), described[:, 1:].flatten(0, 1), _REACH))
+        described = _unit(F.instance_norm(self.describe(fine))).unflatten(0, (b, t))
+        products = correlation(described[:, :-1].flatten(0, 1), described[:, 1:].flatten(0, 1), _REACH)
+        flow = soft_flow(products, _REACH)
+        compared = self.compared(torch.cat([products, flow], dim=1)).unflatten(0, (b, t - 1)).flatten(1, 2)
         middle = self.middle(fine.unflatten(0, (b, t))[:, -1])
-        met = self.meet(torch.cat([compared.unflatten(0, (b, t - 1)).flatten(1, 2), middle], dim=1))
+        met = self.meet(torch.cat([compared, middle], dim=1))
         trunk = self.narrow(self.mix(torch.cat([met, self.coarse(middle)], dim=1)))
-        features = self.features(trunk.flatten(1))
+        flows = F.avg_pool2d(flow.unflatten(0, (b, t - 1)).flatten(1, 2), 4)
+        features = self.features(torch.cat([trunk, flows], dim=1).flatten(1))
         scale = torch.tensor(self.config.scale, device=features.device)
         return Judgement(self.motion(features).float() * scale, self.label(features), self.scene(features), features)
 
@@ -223,6 +227,15 @@ def correlation(first: Tensor, second: Tensor, reach: tuple[int, int]) -> Tensor
     return torch.cat(bands, dim=-1).permute(0, 3, 1, 2)
 
 
+def soft_flow(products: Tensor, reach: tuple[int, int]) -> Tensor:
+    """Where each cell went, (b, 2, y, x), down and right in cells: the mean shift, weighted by exp(product / 0.1)."""
+    rise, run = reach
+    weights = (products / _TEMPERATURE).softmax(1).unflatten(1, (2 * rise + 1, 2 * run + 1))
+    down = torch.arange(-rise, rise + 1, device=products.device)[:, None, None]
+    right = torch.arange(-run, run + 1, device=products.device)[:, None, None]
+    return torch.stack([(weights.sum(2) * down).sum(1), (weights.sum(1) * right).sum(1)], dim=1)
+
+
 def true_motions(poses: NDArray[np.float64]) -> NDArray[np.float64]:
     """The motions (f − 1, 4) between camera-to-world poses (f, 4, 4). Raises DataError for poses that aren't rigid."""
     require_rigid(poses)
@@ -312,6 +325,13 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.GroupNorm(outputs // 8, outputs), nn.ReLU()
     )
+
+
+def _plain_conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """Without a norm, which would take from a motion what is the same all over the picture."""
+    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return nn.Sequential(conv, nn.ReLU())
 
 
 def _cells(pictures: Tensor) -> Tensor:
