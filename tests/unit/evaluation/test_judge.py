@@ -134,8 +134,10 @@ def test_long_clips_are_judged_as_short_ones(judge: Judge) -> None:
 @pytest.mark.parametrize("size", [(72, 96), (96, 128), (144, 192), (32, 48)])
 def test_frames_of_any_size_are_looked_at_in_one(judge: Judge, size: tuple[int, int]) -> None:
     frames = play(8, size)
+    frames.flags.writeable = False
     assert shrink(frames).shape == (8, 72, 96, 3)
     np.testing.assert_array_equal(judge.motions(frames), judge.motions(shrink(frames)))
+    np.testing.assert_array_equal(judge.motions(frames[::-1]), judge.motions(shrink(frames)[::-1]))
 
 
 @pytest.mark.parametrize("frames", [play(9), play(4), play(8)[..., :1], play(8).astype(np.float32)])

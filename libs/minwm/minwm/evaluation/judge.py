@@ -195,7 +195,7 @@ class Judge(nn.Module):
     def _pictures(self, frames: NDArray[np.uint8]) -> Tensor:
         """(t, 3, 72, 96) in [0, 1]."""
         device = self.motion.weight.device
-        return torch.from_numpy(shrink(frames)).to(device).permute(0, 3, 1, 2).float() / 255
+        return torch.from_numpy(shrink(frames).copy()).to(device).permute(0, 3, 1, 2).float() / 255
 
 
 def shrink(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -204,7 +204,7 @@ def shrink(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
         raise DataError(f"frames: got {frames.dtype} {frames.shape}, expected uint8 (t, y, x, 3)")
     if frames.shape[1:3] == SIZE:
         return frames
-    pictures = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    pictures = torch.from_numpy(frames.copy()).permute(0, 3, 1, 2)
     small = F.interpolate(pictures, SIZE, mode="bilinear", antialias=True)
     return small.permute(0, 2, 3, 1).contiguous().numpy()
 

@@ -197,7 +197,8 @@ def _blurred(frames: Tensor, deviation: Tensor) -> Tensor:
     across = frames.flatten(1, 2).transpose(0, 1)  # (t·c, b, y, x): a channel for each sample
     across = F.conv2d(F.pad(across, (_KERNEL,) * 4, mode="replicate"), kernel[:, None, None, :], groups=b)
     down = F.conv2d(across, kernel[:, None, :, None], groups=b)
-    return down.transpose(0, 1).unflatten(1, (t, c))
+    blurred: Tensor = down.transpose(0, 1).unflatten(1, (t, c))
+    return blurred
 
 
 def _quantised(frames: Tensor, step: Tensor) -> Tensor:
@@ -209,4 +210,5 @@ def _quantised(frames: Tensor, step: Tensor) -> Tensor:
     blocks = frames.unflatten(-1, (size[1], _BLOCK)).unflatten(-3, (size[0], _BLOCK)).transpose(-3, -2)
     steps = step[:, None, None, None, None, None, None] * (1 + places + places[:, None])
     rounded = (basis @ blocks @ basis.T / steps).round() * steps
-    return (basis.T @ rounded @ basis).transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
+    restored: Tensor = basis.T @ rounded @ basis
+    return restored.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
