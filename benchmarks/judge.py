@@ -88,11 +88,9 @@ def _motions(judge: Judge, clips: list[Episode]) -> dict[str, Any]:
     estimated = np.concatenate([judge.motions(clip.frames) for clip in clips])
     last = slice(FRAMES_PER_LATENT - 1, None, FRAMES_PER_LATENT)
     true = np.concatenate([true_motions(clip.poses[last]) for clip in clips])
-    correlations = {
-        name: float(np.corrcoef(estimated[:, axis], true[:, axis])[0, 1])
-        for axis, name in enumerate(("right", "forward", "down", "yaw"))
-    }
-    return {**dataclasses.asdict(motion_error(estimated, true)), "correlation": correlations}
+    error = np.abs(estimated - true).mean(axis=0)
+    by_axis = dict(zip(("right", "forward", "down", "yaw"), error.tolist(), strict=True))
+    return {**dataclasses.asdict(motion_error(estimated, true)), "mean_error": by_axis}
 
 
 def _recognition(judge: Judge, clips: list[Episode]) -> dict[str, Any]:
@@ -111,13 +109,18 @@ def _recognition(judge: Judge, clips: list[Episode]) -> dict[str, Any]:
         if scene in judge.config.scenes
     ]
     return {
-        "label_map": float(np.mean(list(precision.values()))),
-        "label_map_by_chance": float(seen[:, occurring].mean()),
+        "label_map": _mean(list(precision.values())),
+        "label_map_by_chance": _mean(seen[:, occurring].mean(axis=0).tolist()),
         "label_precision": precision,
         "label_accuracy": float(((scores > 0.5) == seen).mean()),
-        "scene_accuracy": float(np.mean(right)) if right else None,
+        "scene_accuracy": _mean(right),
         "windows": len(scores),
     }
+
+
+def _mean(values: list[Any]) -> float | None:
+    """None of nothing, which JSON has a word for."""
+    return float(np.mean(values)) if values else None
 
 
 if __name__ == "__main__":
