@@ -8,7 +8,8 @@ Frames are (t, y, x, 3) uint8 RGB of any size; they are looked at in 72 × 96 pi
 down in world units along the earlier camera's axes, and yaw to the right in degrees.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,9 +29,12 @@ from minwm.models.layout import FRAMES_PER_LATENT
 SIZE = (72, 96)  # pixels (y, x) that the network looks at
 WINDOW = FRAMES_PER_LATENT + 1  # RGB frames that one motion spans
 LEAST_CLIP = 8  # RGB frames
+LEAST_TURN = 1.0  # degrees per latent frame that have a side
+LEAST_MOVE = 0.25  # world units per latent frame that have a direction: a quarter of walking
 _CELL = 3  # pixels of 72 × 96 along the side of the finest maps' cells
 _REACH = (2, 3)  # cells (y, x) that a thing may move between two frames
 _DESCRIPTOR = 16  # channels in which cells are compared
+_TEMPERATURE = 0.1  # of the softmax over shifts
 _NARROW = 32  # channels of the trunk's last maps, which are flattened
 _BATCH = 32  # windows at a time, when a clip is judged
 _SMALL = 1e-6
@@ -93,8 +97,8 @@ class Judgement:
 class Judge(nn.Module):
     """A MotionEstimator and a FeatureExtractor.
 
-    Pictures are encoded each by itself; consecutive ones are compared cell by cell (the correlation layer of
-    FlowNet, arXiv:1504.06852); a trunk puts the comparisons together with what the last picture shows.
+    Pictures are encoded each by itself; consecutive ones are compared cell by cell (the correlation layer of FlowNet,
+    arXiv:1504.06852), which also gives a coarse flow; a trunk puts that together with what the last picture shows.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -106,12 +110,12 @@ class Judge(nn.Module):
         self.middle = nn.Sequential(_conv(fine, middle, stride=2), _conv(middle, middle))
         self.coarse = nn.Sequential(_conv(middle, coarse, stride=2), _conv(coarse, coarse))
         self.describe = nn.Conv2d(fine, _DESCRIPTOR, 1)
-        self.compared = _conv(shifts, fine, stride=2)
-        self.meet = _conv((WINDOW - 1) * fine + middle, config.trunk, stride=2)
-        self.mix = _conv(config.trunk + coarse, config.trunk)
-        self.narrow = _conv(config.trunk, _NARROW)
+        self.compared = _plain_conv(shifts + 2, fine, stride=2)
+        self.meet = _plain_conv((WINDOW - 1) * fine + middle, config.trunk, stride=2)
+        self.mix = _plain_conv(config.trunk + coarse, config.trunk)
+        self.narrow = _plain_conv(config.trunk, _NARROW)
         cells = SIZE[0] * SIZE[1] // (4 * _CELL) ** 2
-        self.features = nn.Sequential(nn.Linear(_NARROW * cells, config.features), nn.ReLU())
+        self.features = nn.Sequential(nn.Linear((_NARROW + 2 * (WINDOW - 1)) * cells, config.features), nn.ReLU())
         self.motion = nn.Linear(config.features, 4)
         self.label = nn.Linear(config.features, len(config.labels))
         self.scene = nn.Linear(config.features, len(config.scenes))
@@ -120,12 +124,15 @@ class Judge(nn.Module):
         """Judge windows (b, 5, 3, 72, 96) of frames in [0, 1]; labels and scenes are those of the last frame."""
         b, t = frames.shape[:2]
         fine = self.fine(_cells(frames.flatten(0, 1)))
-        described = _unit(self.describe(fine)).unflatten(0, (b, t))
-        compared = self.compared(correlation(described[:, :-1].flatten(0, 1), described[:, 1:].flatten(0, 1), _REACH))
+        described = _unit(F.instance_norm(self.describe(fine))).unflatten(0, (b, t))
+        products = correlation(described[:, :-1].flatten(0, 1), described[:, 1:].flatten(0, 1), _REACH)
+        flow = soft_flow(products, _REACH)
+        compared = self.compared(torch.cat([products, flow], dim=1)).unflatten(0, (b, t - 1)).flatten(1, 2)
         middle = self.middle(fine.unflatten(0, (b, t))[:, -1])
-        met = self.meet(torch.cat([compared.unflatten(0, (b, t - 1)).flatten(1, 2), middle], dim=1))
+        met = self.meet(torch.cat([compared, middle], dim=1))
         trunk = self.narrow(self.mix(torch.cat([met, self.coarse(middle)], dim=1)))
-        features = self.features(trunk.flatten(1))
+        flows = F.avg_pool2d(flow.unflatten(0, (b, t - 1)).flatten(1, 2), 4)
+        features = self.features(torch.cat([trunk, flows], dim=1).flatten(1))
         scale = torch.tensor(self.config.scale, device=features.device)
         return Judgement(self.motion(features).float() * scale, self.label(features), self.scene(features), features)
 
@@ -188,7 +195,7 @@ class Judge(nn.Module):
     def _pictures(self, frames: NDArray[np.uint8]) -> Tensor:
         """(t, 3, 72, 96) in [0, 1]."""
         device = self.motion.weight.device
-        return torch.from_numpy(shrink(frames)).to(device).permute(0, 3, 1, 2).float() / 255
+        return torch.from_numpy(shrink(frames).copy()).to(device).permute(0, 3, 1, 2).float() / 255
 
 
 def shrink(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -197,7 +204,7 @@ def shrink(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
         raise DataError(f"frames: got {frames.dtype} {frames.shape}, expected uint8 (t, y, x, 3)")
     if frames.shape[1:3] == SIZE:
         return frames
-    pictures = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    pictures = torch.from_numpy(frames.copy()).permute(0, 3, 1, 2)
     small = F.interpolate(pictures, SIZE, mode="bilinear", antialias=True)
     return small.permute(0, 2, 3, 1).contiguous().numpy()
 
@@ -220,6 +227,15 @@ def correlation(first: Tensor, second: Tensor, reach: tuple[int, int]) -> Tensor
     return torch.cat(bands, dim=-1).permute(0, 3, 1, 2)
 
 
+def soft_flow(products: Tensor, reach: tuple[int, int]) -> Tensor:
+    """Where each cell went, (b, 2, y, x), down and right in cells: the mean shift, weighted by exp(product / 0.1)."""
+    rise, run = reach
+    weights = (products / _TEMPERATURE).softmax(1).unflatten(1, (2 * rise + 1, 2 * run + 1))
+    down = torch.arange(-rise, rise + 1, device=products.device)[:, None, None]
+    right = torch.arange(-run, run + 1, device=products.device)[:, None, None]
+    return torch.stack([(weights.sum(2) * down).sum(1), (weights.sum(1) * right).sum(1)], dim=1)
+
+
 def true_motions(poses: NDArray[np.float64]) -> NDArray[np.float64]:
     """The motions (f − 1, 4) between camera-to-world poses (f, 4, 4). Raises DataError for poses that aren't rigid."""
     require_rigid(poses)
@@ -228,6 +244,68 @@ def true_motions(poses: NDArray[np.float64]) -> NDArray[np.float64]:
     ahead = (back @ poses[1:, :3, :3])[..., 2]
     yaw = np.degrees(np.arctan2(ahead[:, 0], ahead[:, 2]))
     return np.stack([right, forward, down, yaw], axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MotionError:
+    """How far estimated motions are from true ones; a share or mean over nothing is NaN.
+
+    turn_direction:       share of `turns`, motions of more than 1° of yaw, estimated to the right side
+    move_direction:       share of `moves`, of more than 0.25 world units over ground, estimated less than 45° off
+    rotation_error_deg:   mean absolute error of yaw over all `motions`; rotation_relative: over mean absolute yaw
+    translation_error:    mean length of the error over ground, world units; translation_relative: over mean length
+    """
+
+    turn_direction: float
+    move_direction: float
+    rotation_error_deg: float
+    rotation_relative: float
+    translation_error: float
+    translation_relative: float
+    turns: int
+    moves: int
+    motions: int
+
+
+def motion_error(estimated: NDArray[np.float64], true: NDArray[np.float64]) -> MotionError:
+    """Compare motions (n, 4) with the true ones. Raises DataError when there are none, or not equally many."""
+    if estimated.shape != true.shape or true.shape[1:] != (4,) or not len(true):
+        raise DataError(f"motions: got {estimated.shape} and {true.shape}, expected twice the same (n, 4), n above 0")
+    yaw, ground = true[:, 3], true[:, :2]
+    length = np.linalg.norm(ground, axis=1)
+    turns, moves = np.abs(yaw) > LEAST_TURN, length > LEAST_MOVE
+    along = (estimated[:, :2] * ground).sum(1)
+    near = along > np.sqrt(0.5) * length * np.linalg.norm(estimated[:, :2], axis=1)
+    rotation = _mean(np.abs(estimated[:, 3] - yaw))
+    translation = _mean(np.linalg.norm(estimated[:, :2] - ground, axis=1))
+    return MotionError(
+        turn_direction=_mean((estimated[:, 3] * yaw > 0)[turns]),
+        move_direction=_mean(near[moves]),
+        rotation_error_deg=rotation,
+        rotation_relative=_ratio(rotation, _mean(np.abs(yaw))),
+        translation_error=translation,
+        translation_relative=_ratio(translation, _mean(length)),
+        turns=int(turns.sum()),
+        moves=int(moves.sum()),
+        motions=len(true),
+    )
+
+
+def estimator_error(
+    estimator: MotionEstimator, clips: Iterable[tuple[NDArray[np.uint8], NDArray[np.float64]]]
+) -> MotionError:
+    """The estimator's own error on real clips: frames (4·f, y, x, 3), and poses (f, 4, 4) of every fourth's camera."""
+    pairs = [(estimator.motions(frames), true_motions(poses)) for frames, poses in clips]
+    if not pairs:
+        raise DataError("clips: got none, expected at least one")
+    estimated, true = (np.concatenate(motions) for motions in zip(*pairs, strict=True))
+    return motion_error(estimated, true)
+
+
+def average_precision(scores: NDArray[np.float64], true: NDArray[np.bool_]) -> float:
+    """The mean precision (n,) at each true item when the items are ranked by score, best first; NaN without any."""
+    hits = true[np.argsort(-scores, kind="stable")]
+    return _mean((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits])
 
 
 def save_judge(folder: Path, judge: Judge, about: Mapping[str, Any] | None = None) -> None:
@@ -249,9 +327,24 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     )
 
 
+def _plain_conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """Without a norm, which would take from a motion what is the same all over the picture."""
+    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return nn.Sequential(conv, nn.ReLU())
+
+
 def _cells(pictures: Tensor) -> Tensor:
     """Pictures (b, 3, y, x) in [0, 1] as cells of 3 × 3 pixels (b, 27, y/3, x/3), centred on zero."""
     return F.pixel_unshuffle(2 * pictures - 1, _CELL).contiguous(memory_format=torch.channels_last)
+
+
+def _mean(values: NDArray[np.floating] | NDArray[np.bool_]) -> float:
+    return float(values.mean()) if values.size else math.nan
+
+
+def _ratio(value: float, by: float) -> float:
+    return value / by if by else math.nan
 
 
 def _unit(maps: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The judge of generated video, trained on play: camera motions, what is in view, and which map it is.
 
-A sample is five frames of an episode, mirrored or played backwards half of the time each, their motion with them.
+A sample is five frames of an episode, mirrored and played backwards half of the time each, and slowed down in four of
+ten (a player turns at one speed only, which an estimator must not learn by heart); their motion follows.
 Generated pictures are softer and dirtier than the game's, so samples are blurred, quantised in blocks as JPEG does,
 made noisy, and changed in contrast, brightness and colour; the labels and motions stay.
 """
@@ -126,9 +127,10 @@ class JudgeStage:
 
     def prepare(self, samples: Sequence[Play], draw: Draw) -> JudgeBatch:
         frames, motions, labels, scenes = [], [], [], []
-        for play, (place, mirror, reverse) in zip(samples, draw.uniform("window", (3,)), strict=True):
+        for play, (place, mirror, reverse, pace) in zip(samples, draw.uniform("window", (4,)), strict=True):
             start = int(place * (len(play.frames) - WINDOW + 1))
-            order = np.arange(start, start + WINDOW)[:: -1 if reverse < 0.5 else 1]
+            slow = np.linspace(0, min(WINDOW - 1, int(pace * 2 * WINDOW)), WINDOW)
+            order = start + slow.round().astype(int)[:: -1 if reverse < 0.5 else 1]
             motion = true_motions(play.poses[order[[0, -1]]])[0]
             flip = -1 if mirror < 0.5 else 1
             frames.append(torch.from_numpy(play.frames[order][:, :, ::flip].copy()))
@@ -174,17 +176,17 @@ def damaged(frames: Tensor, draw: Draw, most: Damage) -> Tensor:
     frames = _blurred(frames, blur)
     hit = (blocks > 0).nonzero()[:, 0]
     frames[hit] = _quantised(frames[hit], blocks[hit])
-    return frames + noise[:, None, None, None, None] * draw.normal("noise", frames.shape[1:])
+    return frames.addcmul_(noise[:, None, None, None, None], draw.normal("noise", frames.shape[1:]))
 
 
 def _toned(frames: Tensor, draw: Draw, most: float) -> Tensor:
     """Contrast, brightness and colour balance change for a sample, and by a tenth of that from frame to frame."""
-    b, t, c = frames.shape[:3]
+    t = frames.shape[1]
     sample = 2 * draw.uniform("tone", (1, 5)) - 1
-    change = most * (sample + 0.1 * draw.normal("flicker", (t, 5)))[..., None, None]
-    contrast, brightness, colour = change[:, :, :1], change[:, :, 1:2], change[:, :, 2:]
+    change = 1 + most * (sample + 0.1 * draw.normal("flicker", (t, 5)))[..., None, None]
+    contrast, light = change[:, :, :1], change[:, :, 1:2] * (1 + 0.4 * (change[:, :, 2:] - 1))
     mean = frames.mean((2, 3, 4), keepdim=True)
-    return (mean + (frames - mean) * (1 + contrast)) * (1 + brightness) * (1 + 0.4 * colour)
+    return torch.addcmul(light * mean * (1 - contrast), frames, light * contrast)
 
 
 def _blurred(frames: Tensor, deviation: Tensor) -> Tensor:
@@ -195,7 +197,8 @@ def _blurred(frames: Tensor, deviation: Tensor) -> Tensor:
     across = frames.flatten(1, 2).transpose(0, 1)  # (t·c, b, y, x): a channel for each sample
     across = F.conv2d(F.pad(across, (_KERNEL,) * 4, mode="replicate"), kernel[:, None, None, :], groups=b)
     down = F.conv2d(across, kernel[:, None, :, None], groups=b)
-    return down.transpose(0, 1).unflatten(1, (t, c))
+    blurred: Tensor = down.transpose(0, 1).unflatten(1, (t, c))
+    return blurred
 
 
 def _quantised(frames: Tensor, step: Tensor) -> Tensor:
@@ -207,4 +210,5 @@ def _quantised(frames: Tensor, step: Tensor) -> Tensor:
     blocks = frames.unflatten(-1, (size[1], _BLOCK)).unflatten(-3, (size[0], _BLOCK)).transpose(-3, -2)
     steps = step[:, None, None, None, None, None, None] * (1 + places + places[:, None])
     rounded = (basis @ blocks @ basis.T / steps).round() * steps
-    return (basis.T @ rounded @ basis).transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
+    restored: Tensor = basis.T @ rounded @ basis
+    return restored.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
