@@ -1,6 +1,7 @@
 """Costs, against PyTorch's own counter and what real models hold."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,10 +71,10 @@ def contexts(config: WanConfig | HunyuanConfig, history: History) -> dict[str, t
     geometry = config.cache_geometry(ROWS, COLUMNS, history)
     tokens = geometry.tokens_per_frame
     start = history.chunk * (history.sink + history.window)
-    cache = KVCache(geometry, 1, torch.float32)
+    cache, masked = KVCache(geometry, 1, torch.float32), replace(history, chunk=2, window=history.window + 1)
     return {
         "cached": (Cached(cache, start, history.chunk), Pass.cached(history, tokens)),
-        "teacher-forced": (teacher_forcing(4, History(chunk=2, window=4)), Pass.teacher_forced(4, tokens)),
+        "teacher-forced": (teacher_forcing(4, masked), Pass.teacher_forced(4, tokens, masked)),
         "bidirectional": (Full(3), Pass.full(3, tokens)),
     }
 

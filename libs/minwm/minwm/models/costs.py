@@ -12,7 +12,7 @@ import torch
 from minwm.errors import ConfigError
 from minwm.models.backbones import new_model
 from minwm.models.conditions import FREQUENCIES, TOKENS, ConditionName
-from minwm.models.context import History
+from minwm.models.context import History, teacher_forcing
 from minwm.models.hunyuan import HunyuanConfig
 from minwm.models.wan import WanConfig
 
@@ -23,30 +23,32 @@ Sizes = WanConfig | HunyuanConfig
 class Pass:
     """Shape of one forward of one stream.
 
-    frames:  latent frames that go in
-    visible: latent frames that every query is compared with, those that a mask hides included
-    tokens:  of a frame
+    frames: latent frames that go in
+    pairs:  of latent frames of which one sees the other
+    tokens: of a frame
     """
 
     frames: int
-    visible: int
+    pairs: int
     tokens: int
     bidirectional: bool = False
 
     @classmethod
     def full(cls, frames: int, tokens: int) -> "Pass":
         """Every frame sees every frame."""
-        return cls(frames=frames, visible=frames, tokens=tokens, bidirectional=True)
+        return cls(frames=frames, pairs=frames**2, tokens=tokens, bidirectional=True)
 
     @classmethod
-    def teacher_forced(cls, frames: int, tokens: int) -> "Pass":
-        """Clean frames and the same ones noisy, under a mask."""
-        return cls(frames=2 * frames, visible=2 * frames, tokens=tokens)
+    def teacher_forced(cls, frames: int, tokens: int, history: History) -> "Pass":
+        """Clean frames and the same ones noisy, under a mask. What it hides is not computed."""
+        return cls(frames=2 * frames, pairs=int(teacher_forcing(frames, history).mask.sum()), tokens=tokens)
 
     @classmethod
-    def cached(cls, history: History, tokens: int) -> "Pass":
-        """A chunk that sees a full window."""
-        return cls(frames=history.chunk, visible=history.sink + history.window, tokens=tokens)
+    def cached(cls, history: History, tokens: int, start: int | None = None) -> "Pass":
+        """A chunk that sees a full window, or what a stream of `start` frames before it has."""
+        full = history.sink + history.window
+        seen = full if start is None else min(full, start + history.chunk)
+        return cls(frames=history.chunk, pairs=history.chunk * seen, tokens=tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ def latent_size(architecture: Sizes, height: int, width: int) -> tuple[int, int]
 def forward_flops(architecture: Sizes, shape: Pass) -> Flops:
     """FLOPs of one forward."""
     dim, layers = architecture.dim, architecture.layers
-    queries, keys, text = shape.frames * shape.tokens, shape.visible * shape.tokens, prompt_tokens(architecture)
+    queries, text = shape.frames * shape.tokens, prompt_tokens(architecture)
     branches = 2 if "camera_prope" in architecture.conditions else 1
     if isinstance(architecture, WanConfig):
         per_token, per_frame = _wan_weights(architecture)
@@ -123,7 +125,7 @@ def forward_flops(architecture: Sizes, shape: Pass) -> Flops:
     return Flops(
         linear=_linear(queries, per_token),
         modulation=_linear(shape.frames, per_frame),
-        attention=branches * layers * _attention(queries, keys, dim),
+        attention=branches * layers * shape.pairs * _attention(shape.tokens, shape.tokens, dim),
         text=to_text,
         conditions=_conditions(architecture, shape),
     )
