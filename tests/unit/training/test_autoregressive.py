@@ -10,9 +10,10 @@ from torch import nn
 from minwm.models.backbones import Backbone
 from minwm.models.cache import KVCache
 from minwm.models.context import History
-from minwm.training.autoregressive import Autoregressive, AutoregressiveConfig, chunk_levels
+from minwm.training.autoregressive import Autoregressive, AutoregressiveConfig
 from minwm.training.batch import Batch
 from minwm.training.draw import Draw
+from minwm.training.levels import chunk_levels
 
 pytestmark = pytest.mark.unit
 

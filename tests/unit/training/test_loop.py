@@ -149,7 +149,7 @@ def test_real_stages_resume_bit_for_bit_with_their_averages(
     def new_stage() -> Stage:
         if method == "consistency":
             return Consistency(ConsistencyConfig(window=window), new_backbone(seed=1))
-        config = DMDConfig(window=window, score=Path("unused"), steps=2, critic_ratio=2)
+        config = DMDConfig(window=window, score=Path("unused"), steps=(2,), critic_ratio=2)
         return DMD(config, new_backbone(seed=1), new_backbone(seed=2))
 
     config = run(steps=6, batch_size=2, checkpoint_every=3, bf16=True)

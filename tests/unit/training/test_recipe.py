@@ -46,7 +46,7 @@ def test_every_stage_trains_from_a_recipe_and_says_where_its_model_came_from(
 ) -> None:
     values["stage"] = stage
     if stage == "dmd":
-        values["method"] |= {"score": values["backbone"], "steps": 2}
+        values["method"] |= {"score": values["backbone"], "steps": [1, 2, 4]}
         values["optimizers"]["critic"] = {}
     model = run_recipe(load_recipe(write(tmp_path, values)), tmp_path / "run")
     assert model == tmp_path / "run/model"

@@ -1,6 +1,6 @@
 """From noise to data in a few calls of a velocity model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +34,22 @@ def consistency(
 
 def euler(predict: Velocity, noise: Tensor, levels: Sequence[float]) -> Tensor:
     """Follow the probability-flow ODE in straight steps: how many-step teachers sample."""
+    *_, end = euler_path(predict, noise, levels)
+    return end
+
+
+def euler_path(predict: Velocity, noise: Tensor, levels: Sequence[float]) -> Iterator[Tensor]:
+    """The states of `euler` at each of the levels, from the noise on, and the end point after them."""
     x = noise
+    yield x
     for level, following in zip(levels, [*levels[1:], 0.0], strict=True):
         x = x + (following - level) * predict(x, level)
-    return x
+        yield x
+
+
+def guided(prompted: Tensor, bare: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598), bare + g·(prompted − bare) in float32: 1 is none.
+
+    minWM's DMD writes prompted + g·(prompted − bare), which is g + 1 here.
+    """
+    return bare.float() + guidance * (prompted.float() - bare.float())

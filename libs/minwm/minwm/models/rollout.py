@@ -45,21 +45,22 @@ class ChunkRollout:
         """The next chunk (b, f, c, y, x) from its noise. See `samplers.consistency` for the last three."""
 
         def predict(x: Tensor, level: float) -> Tensor:
-            return self._forward(x, level, prompt, conditions)
+            return self.velocity(x, level, prompt, conditions)
 
         return samplers.consistency(predict, noise, levels, renoise, exit_step=exit_step)
 
     def denoise_ode(self, noise: Tensor, prompt: Prompt, conditions: Conditions, levels: Sequence[float]) -> Tensor:
         """The next chunk as a many-step model that is not distilled makes it."""
-        return samplers.euler(lambda x, level: self._forward(x, level, prompt, conditions), noise, levels)
+        return samplers.euler(lambda x, level: self.velocity(x, level, prompt, conditions), noise, levels)
 
     @torch.no_grad()
     def commit(self, latents: Tensor, prompt: Prompt, conditions: Conditions) -> None:
         """Write the clean keys and values of the next frames (b, f, c, y, x), and move on past them."""
-        self._forward(latents, 0.0, prompt, conditions)
+        self.velocity(latents, 0.0, prompt, conditions)
         self.frames += latents.shape[1]
 
-    def _forward(self, x: Tensor, level: float, prompt: Prompt, conditions: Conditions) -> Tensor:
+    def velocity(self, x: Tensor, level: float, prompt: Prompt, conditions: Conditions) -> Tensor:
+        """The model's velocity (b, f, c, y, x) of the next chunk at one level, given what is committed."""
         if x.shape[1] != self._history.chunk:
             raise InputError(f"frames={x.shape[1]}: expected one chunk, {self._history.chunk} latent frames")
         timesteps = torch.full(x.shape[:2], level * TIMESTEPS, dtype=torch.float32, device=x.device)

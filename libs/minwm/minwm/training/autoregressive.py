@@ -14,19 +14,30 @@ from torch import Tensor, nn
 
 from minwm.data.clips import Clip
 from minwm.diffusion import flow
+from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone, save_backbone
 from minwm.models.conditions import Conditions
 from minwm.models.context import Context, teacher_forcing
 from minwm.models.transformer import Prompt, Transformer
 from minwm.training.batch import Batch, WindowConfig, cut_windows
 from minwm.training.draw import Draw
+from minwm.training.levels import LevelsConfig, chunk_levels
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveConfig:
-    """Chunk, window and sink come from the backbone's configuration."""
+    """Chunk, window and sink come from the backbone's configuration.
+
+    context_noise: highest level of the noise in the history, of which the model is not told; 0: a true history
+    """
 
     window: WindowConfig = WindowConfig()
+    levels: LevelsConfig = LevelsConfig()
+    context_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.context_noise < 1:
+            raise ConfigError(f"context_noise={self.context_noise}: expected a level from 0 to below 1")
 
 
 class Autoregressive:
@@ -45,15 +56,22 @@ class Autoregressive:
         return cut_windows(samples, draw, self._config.window, self._backbone.encode)
 
     def loss(self, turn: str, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, float]]:
-        model, config = self._backbone.model, self._backbone.config
-        noise = draw.normal("noise", batch.latents.shape[1:])
-        sigma = chunk_levels(draw, batch.latents.shape[1], config.history.chunk, config.shift)
-        noisy = flow.add_noise(batch.latents, noise, sigma)
-        context = teacher_forcing(batch.latents.shape[1], config.history)
+        clean, model, config = batch.latents, self._backbone.model, self._backbone.config
+        frames, chunk = clean.shape[1], config.history.chunk
+        noise = draw.normal("noise", clean.shape[1:])
+        sigma = chunk_levels(draw, frames, chunk, config.shift, self._config.levels)
+        history = ContextNoise.drawn(draw, "context", clean.shape[1:], chunk, self._config.context_noise)
         predicted = denoise_given_clean(
-            model, noisy, batch.latents, sigma, model.prompt(batch.text), batch.conditions, context
+            model,
+            flow.add_noise(clean, noise, sigma),
+            history.onto(clean),
+            sigma,
+            model.prompt(batch.text),
+            batch.conditions,
+            teacher_forcing(frames, config.history),
         )
-        return (predicted.float() - flow.velocity(batch.latents, noise)).square().mean(), {}
+        error = (predicted.float() - flow.velocity(clean, noise)).square().mean((2, 3, 4))
+        return (self._config.levels.weight(sigma, config.shift) * error).mean(), {}
 
     def after_step(self, step: int) -> None:
         pass
@@ -62,9 +80,27 @@ class Autoregressive:
         save_backbone(folder, self._backbone, about)
 
 
-def chunk_levels(draw: Draw, frames: int, chunk: int, shift: float) -> Tensor:
-    """A noise level per chunk, (b, frames), for a whole number of chunks."""
-    return flow.warp(draw.uniform("level", (frames // chunk,)), shift).repeat_interleave(chunk, 1)
+@dataclass(frozen=True)
+class ContextNoise:
+    """Noise on the history that the model is not told of: levels (b, f), one per chunk, and noise (b, f, c, y, x).
+
+    A session commits what it generated as clean, at timestep 0, and it never quite is: a model that has learnt to
+    forgive a little drifts less (cf. GameNGen, arXiv 2408.14837, which tells the model the level instead).
+    """
+
+    level: Tensor
+    noise: Tensor
+
+    @classmethod
+    def drawn(cls, draw: Draw, purpose: str, shape: Sequence[int], chunk: int, highest: float) -> "ContextNoise":
+        """For latents (f, c, y, x): levels uniform in [0, `highest`]."""
+        level = highest * draw.uniform(f"{purpose} level", (shape[0] // chunk,)).repeat_interleave(chunk, 1)
+        return cls(level, draw.normal(purpose, shape))
+
+    def onto(self, clean: Tensor, start: int = 0) -> Tensor:
+        """Clean frames (b, n, c, y, x), `start` being the first one's index, with their noise."""
+        frames = slice(start, start + clean.shape[1])
+        return flow.add_noise(clean, self.noise[:, frames], self.level[:, frames])
 
 
 def denoise_given_clean(

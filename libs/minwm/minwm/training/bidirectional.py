@@ -19,6 +19,7 @@ from minwm.models.backbones import Backbone, save_backbone
 from minwm.models.context import Full
 from minwm.training.batch import Batch, WindowConfig, cut_windows
 from minwm.training.draw import Draw
+from minwm.training.levels import LevelsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class BidirectionalConfig:
 
     window: WindowConfig = WindowConfig()
     given_share: float = 0.7
+    levels: LevelsConfig = LevelsConfig()
 
     def __post_init__(self) -> None:
         if self.given_share > 0 and self.window.frames < 2:
@@ -50,12 +52,12 @@ class Bidirectional:
         return cut_windows(samples, draw, self._config.window, self._backbone.encode)
 
     def loss(self, turn: str, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, float]]:
-        clean = batch.latents
+        clean, shift, levels = batch.latents, self._backbone.config.shift, self._config.levels
         f = clean.shape[1]
         noise = draw.normal("noise", clean.shape[1:])
-        level = flow.warp(draw.uniform("level"), self._backbone.config.shift)
         given = (draw.integer("given", max(1, f // 2)) + 1) * (draw.uniform("has past") < self._config.given_share)
-        sigma = torch.where(torch.arange(f) < given[:, None], 0.0, level[:, None])
+        noisy = torch.arange(f, device=clean.device) >= given[:, None]
+        sigma = levels.draw(draw, shift) * noisy
         model = self._backbone.model
         predicted = model(
             flow.add_noise(clean, noise, sigma),
@@ -65,7 +67,9 @@ class Bidirectional:
             batch.conditions,
         )
         error = (predicted.float() - flow.velocity(clean, noise)).square().mean((2, 3, 4))
-        return error[sigma > 0].mean(), {}
+        # a mean over the clips of means over their noisy frames: parts of a batch then average to the whole
+        counted = noisy * levels.weight(sigma, shift) * error
+        return (counted.sum(1) / noisy.sum(1)).mean(), {}
 
     def after_step(self, step: int) -> None:
         pass

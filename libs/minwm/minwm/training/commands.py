@@ -1,4 +1,4 @@
-"""The command `minwm train`."""
+"""The command `minwm train`, and those beside it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from minwm.progress import progress_bar
+from minwm.training.trajectory_commands import trajectories
 
 
 def register(app: typer.Typer) -> None:
-    """Add `train` to the command line."""
+    """Add `train` and `trajectories` to the command line."""
     app.command(name="train")(train)
+    app.command(name="trajectories")(trajectories)
 
 
 def train(
