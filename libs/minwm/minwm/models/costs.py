@@ -1,8 +1,9 @@
-"""What a transformer costs to run: weights, caches and prompts in bytes, passes in FLOPs.
+"""What a transformer costs to run and to train: weights, caches, prompts and activations in bytes, passes in FLOPs.
 
 Formulas of sizes alone, for one stream with a prompt as long as the model takes. FLOPs are those of matrix products
-and attention, two per multiply-add. Left out: norms, activations and other work per element; a frame's own camera
-matrices and rays; the first image's channels, of one frame in a stream; autoencoders and text encoders.
+and attention, two per multiply-add; a backward pass has twice its forward's. Left out: norms, activations and other
+work per element; a frame's own camera matrices and rays; the first image's channels, of one frame in a stream;
+autoencoders and text encoders.
 """
 
 from dataclasses import astuple, dataclass
@@ -83,6 +84,31 @@ def parameters(architecture: Sizes) -> int:
 def prompt_bytes(architecture: Sizes, dtype: torch.dtype) -> int:
     """Memory of one stream's prompt in causal passes: keys and values of every layer."""
     return 2 * architecture.layers * prompt_tokens(architecture) * architecture.dim * dtype.itemsize
+
+
+def prompt_flops(architecture: Sizes) -> int:
+    """FLOPs of making the prompt, which HunyuanVideo's bidirectional passes do themselves."""
+    if isinstance(architecture, HunyuanConfig):
+        return _text_stream(architecture, 0)
+    dim = architecture.dim
+    return _linear(architecture.text_length, architecture.text_dim * dim + (1 + 2 * architecture.layers) * dim**2)
+
+
+def activation_bytes(architecture: Sizes, tokens: int, *, bf16: bool = True, checkpointed: bool = False) -> int:
+    """Memory, roughly, that a pass with gradient over `tokens` tokens keeps for its backward.
+
+    With activations checkpointed: what goes into every block, and one block's own at a time. Left out: what does not
+    grow with the blocks, and the keys and values that a pass sees of a cache.
+    """
+    if isinstance(architecture, WanConfig):
+        hidden, per_channel, stream = architecture.ffn_dim, 65 if bf16 else 89, 4
+    else:
+        hidden, per_channel, stream = architecture.mlp_dim, 41 if bf16 else 73, 2 if bf16 else 4
+    if "camera_prope" in architecture.conditions:
+        per_channel += 10 if bf16 else 20
+    block = tokens * (per_channel * architecture.dim + (4 if bf16 else 8) * hidden)
+    inputs = architecture.layers * tokens * stream * architecture.dim
+    return inputs + block if checkpointed else architecture.layers * block
 
 
 def prompt_tokens(architecture: Sizes) -> int:
