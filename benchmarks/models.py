@@ -132,7 +132,7 @@ def cases(config: WorldConfig, size: tuple[int, int], device: Device, dtype: tor
     if getattr(architecture, "text_timestep", "zero") == "frames":
         return  # a model that is bidirectional only
     prompt, clip = model.prompt(text), window - window % history.chunk
-    yield case("teacher-forced", Pass.teacher_forced(clip, tokens), teacher_forcing(clip, history), prompt)
+    yield case("teacher-forced", Pass.teacher_forced(clip, tokens, history), teacher_forcing(clip, history), prompt)
     cache = KVCache(geometry, 1, dtype, device.value)
     for start in range(0, geometry.frames, history.chunk):
         last = case("cached", Pass.cached(history, tokens), cache.context(start, history.chunk), prompt)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given
+import torch.nn.functional as F
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minwm.errors import ConfigError, InputError
@@ -93,6 +94,24 @@ def test_a_frame_mask_holds_for_every_token_of_the_frames(seed: int, frames: int
         keys = [other for other in range(frames * tokens) if mask[token // tokens, other // tokens]]
         logits = torch.einsum("bhd,bnhd->bnh", q[:, token], k[:, keys]) / 8**0.5
         torch.testing.assert_close(out[:, token], torch.einsum("bnh,bnhd->bhd", logits.softmax(1), v[:, keys]))
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 1000), chunks=st.integers(1, 3), tokens=st.integers(1, 3), history=histories)
+def test_gradients_under_a_frame_mask_are_those_of_one_masked_call(
+    seed: int, chunks: int, tokens: int, history: History
+) -> None:
+    """Frames that see the same are taken together, without the keys that they don't see."""
+    torch.manual_seed(seed)
+    context = teacher_forcing(chunks * history.chunk, history)
+    inputs = torch.randn(3, 2, len(context.positions) * tokens, 2, 8, dtype=torch.float64, requires_grad=True)
+    mask = context.mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    out = context.attend(0, *inputs.unbind(0))
+    fused = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs), attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(out, fused)
+    weights = torch.randn_like(out)
+    found, expected = (torch.autograd.grad((x * weights).sum(), inputs)[0] for x in (out, fused))
+    torch.testing.assert_close(found, expected)
 
 
 @given(seed=st.integers(0, 1000), masked=st.booleans())

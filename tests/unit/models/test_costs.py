@@ -1,6 +1,7 @@
 """Costs, against PyTorch's own counter and what real models hold."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from minwm.models.conditions import Conditions
 from minwm.models.context import Context, Full, History, teacher_forcing
 from minwm.models.costs import (
     Pass,
+    activation_bytes,
     chunk_flops,
     forward_flops,
     latent_size,
@@ -70,10 +72,10 @@ def contexts(config: WanConfig | HunyuanConfig, history: History) -> dict[str, t
     geometry = config.cache_geometry(ROWS, COLUMNS, history)
     tokens = geometry.tokens_per_frame
     start = history.chunk * (history.sink + history.window)
-    cache = KVCache(geometry, 1, torch.float32)
+    cache, masked = KVCache(geometry, 1, torch.float32), replace(history, chunk=2, window=history.window + 1)
     return {
         "cached": (Cached(cache, start, history.chunk), Pass.cached(history, tokens)),
-        "teacher-forced": (teacher_forcing(4, History(chunk=2, window=4)), Pass.teacher_forced(4, tokens)),
+        "teacher-forced": (teacher_forcing(4, masked), Pass.teacher_forced(4, tokens, masked)),
         "bidirectional": (Full(3), Pass.full(3, tokens)),
     }
 
@@ -189,6 +191,44 @@ def test_parameters_and_bytes_are_those_of_the_real_thing(kind: str, new_backbon
     held = [(layer.keys, layer.values) if kind == "hunyuan" else layer for layer in layers]
     assert prompt_bytes(architecture, torch.bfloat16) == sum(k.nbytes + v.nbytes for k, v in held)
     assert held[0][0].shape[1] == prompt_tokens(architecture)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("prope", [False, True])
+@pytest.mark.parametrize("kind", ["wan", "hunyuan"])
+def test_activations_of_a_layer_are_about_what_autograd_keeps(
+    kind: str, prope: bool, checkpointed: bool, new_backbone: NewBackbone, new_conditions: NewConditions
+) -> None:
+    sizes: dict[str, Any] = {"dim": 128, "conditions": ("camera_prope",) if prope else ()}
+    sizes |= {"ffn_dim": 512, "byte_text": False} if kind == "wan" else {"mlp_dim": 512, "axes": (16, 24, 24)}
+
+    side = 32 if kind == "wan" else 16  # 256 tokens a frame
+
+    def kept(layers: int, frames: int) -> int:
+        model = new_backbone(kind=kind, layers=layers, **sizes).model
+        model.checkpoint_activations = checkpointed
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        stored: dict[int, torch.Tensor] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                stored[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            prompt = model.prompt(longest_prompt(model.architecture), bidirectional=True)  # type: ignore[arg-type]
+            latents, timesteps = torch.randn(1, frames, 4, side, side), torch.zeros(1, frames)
+            model(latents, timesteps, prompt, Full(frames), Conditions(new_conditions(1, frames).cameras))
+        return sum(tensor.untyped_storage().nbytes() for tensor in stored.values())
+
+    def said(layers: int, frames: int) -> int:
+        architecture = new_backbone(kind=kind, layers=layers, **sizes).config.architecture
+        return activation_bytes(architecture, 256 * frames, checkpointed=checkpointed)
+
+    # what does not grow with both, layers and tokens, drops out: autocast's copies of weights, say
+    found, expected = ((of(3, 6) - of(2, 6)) - (of(3, 4) - of(2, 4)) for of in (kept, said))
+    assert expected == pytest.approx(found, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -56,12 +56,17 @@ def new_backbone(name: str, seed: int) -> Backbone:
         return Backbone(new_model(config.architecture), config)
 
 
-def load_backbone(folder: Path, dtype: torch.dtype = torch.float32) -> Backbone:
-    """A backbone from its folder. Raises CheckpointError or ConfigError for whatever does not fit."""
+def load_config(folder: Path) -> WorldConfig:
+    """The configuration in a backbone's folder. Raises CheckpointError or ConfigError for whatever is wrong in it."""
     values = read_config(folder, KIND)["config"]
     if "levels" in values:  # JSON's keys are strings
         values["levels"] = {int(steps): tuple(levels) for steps, levels in values["levels"].items()}
-    config = build(WorldConfig, values, f"{folder}/{CONFIG}")
+    return build(WorldConfig, values, f"{folder}/{CONFIG}")
+
+
+def load_backbone(folder: Path, dtype: torch.dtype = torch.float32) -> Backbone:
+    """A backbone from its folder. Raises CheckpointError or ConfigError for whatever does not fit."""
+    config = load_config(folder)
     with torch.device("meta"):  # no weights until they are read
         model = new_model(config.architecture).to(dtype)
     load_weights(model, folder)

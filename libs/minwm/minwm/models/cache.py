@@ -53,6 +53,7 @@ class KVCache:
         self.geometry = geometry
         shape = (geometry.layers, 2, batch, geometry.heads, geometry.tokens, geometry.head_dim)
         self._store = torch.zeros(shape, dtype=dtype, device=device)
+        self._lent = False
         self._beside: list[Beside | None] = [None] * geometry.layers
         self._end = 0
 
@@ -67,25 +68,40 @@ class KVCache:
                 f"frames {start} to {start + frames - 1}: expected at most {self.geometry.history.window} frames "
                 f"from {self._end} or earlier"
             )
-        return Cached(self, start, frames)
+        return Cached(self, start, frames, self._store)
 
     def update(
-        self, layer: int, start: int, frames: int, kv: Tensor, beside: Beside | None = None, *, gradient: bool = False
+        self,
+        layer: int,
+        start: int,
+        frames: int,
+        kv: Tensor,
+        beside: Beside | None = None,
+        *,
+        gradient: bool = False,
+        past: Tensor | None = None,
     ) -> Tensor:
         """Write keys and values (2, b, h, n, d) of frames [start, start + frames); all that they may see.
 
         What is beside the frames comes first, and is written only when it is not what was there. Where a gradient has
         to flow through the new entries, or `gradient` says that one flows past them, the stored ones are copied, not
-        changed. Raises InputError for keys of another shape than the cache's.
+        changed, and such a pass may be made again later: it finds in `past`, the store when its context was made, the
+        frames that it saw, for the first frame to take an older one's place goes into a new store. Raises InputError
+        for keys of another shape than the cache's.
         """
-        stored, n, room = self._store[layer], self.geometry.tokens_per_frame, self.geometry.beside
-        expected = (*stored.shape[:3], frames * n, stored.shape[-1])
+        n, room = self.geometry.tokens_per_frame, self.geometry.beside
+        expected = (*self._store.shape[1:4], frames * n, self._store.shape[-1])
         if kv.shape != expected:
             raise InputError(f"keys and values have shape {tuple(kv.shape)}, expected {expected} as the cache")
         beside_grad = beside is not None and beside.keys.requires_grad
         grad = torch.is_grad_enabled() and (gradient or kv.requires_grad or beside_grad)
         if grad:
-            stored = stored.clone()
+            stored = (self._store if past is None else past)[layer].clone()
+            self._lent = True
+        else:
+            if self._lent and start + frames > self.geometry.frames:
+                self._store, self._lent = self._store.clone(), False
+            stored = self._store[layer]
         self._end = max(self._end, start + frames)
         kv = kv.to(stored.dtype)
         for first, count, slot in self._runs(start, frames):
@@ -127,11 +143,15 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Cached:
-    """A pass over frames [start, start + frames) that sees the cache's past and itself."""
+    """A pass over frames [start, start + frames) that sees the cache's past and itself.
+
+    past: what the cache stored when the pass was made, for when it is made again to compute its gradient
+    """
 
     cache: KVCache
     start: int
     frames: int
+    past: Tensor | None = None
     bidirectional = False
 
     @property
@@ -140,7 +160,8 @@ class Cached:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
         kv = torch.stack([k, v]).transpose(2, 3)
-        seen = self.cache.update(layer, self.start, self.frames, kv, beside, gradient=q.requires_grad).to(q.dtype)
+        stored = self.cache.update(layer, self.start, self.frames, kv, beside, gradient=q.requires_grad, past=self.past)
+        seen = stored.to(q.dtype)
         keys, values = seen.transpose(2, 3).unbind(0)
         mask = None if beside is None else beside.key_mask(keys.shape[1] - beside.keys.shape[1])
         return attention(q, keys, values, mask)

@@ -7,6 +7,8 @@ Queries, keys and values are (b, n, h, d) with n = frames · tokens per frame.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -120,26 +122,40 @@ class Full:
         return self.attend(0, q, k, v, beside)  # whose queries they are makes no difference where all see all
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Masked:
-    """Frames at `positions`, where query frame i sees key frame j if `mask[i, j]`."""
+    """Frames at `positions`, where query frame i sees key frame j if `mask[i, j]`, and at least one.
+
+    On a GPU one FlexAttention call; elsewhere frames that see the same are taken together, with the keys they see.
+    """
 
     positions: Sequence[int]
     mask: Tensor
     bidirectional = False
 
+    @cached_property
+    def groups(self) -> list[tuple[int, list[int]]]:
+        """Runs of query frames that see the same: how many, and the key frames."""
+        rows = groupby(self.mask.tolist())
+        return [(len(list(run)), [key for key, seen in enumerate(row) if seen]) for row, run in rows]
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
+        if q.device.type == "cuda":
+            from minwm.models.flex import masked_attention
+
+            return masked_attention(q, k, v, self, beside)
         tokens = q.shape[1] // len(self.positions)
-        mask = self.mask.to(q.device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-        if beside is None:
-            return attention(q, k, v, mask)
-        keys, values = beside.repeated(q.shape[2])
-        mask = F.pad(mask, (keys.shape[1], 0), value=True)
-        real = beside.key_mask(k.shape[1])
-        mask = mask if real is None else mask & real
-        return attention(q, torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1), mask)
+        queries = q.split([tokens * count for count, _ in self.groups], dim=1)
+        keys, values = k.split(tokens, dim=1), v.split(tokens, dim=1)
+        read = []
+        for own, (_, seen) in zip(queries, self.groups, strict=True):
+            some = Full(len(seen))
+            seen_k, seen_v = (torch.cat([frames[key] for key in seen], dim=1) for frames in (keys, values))
+            read.append(some.attend(layer, own, seen_k, seen_v, beside))
+        return torch.cat(read, dim=1)
 
 
+@lru_cache(maxsize=16)  # all steps of a training ask for the same, and a GPU's block mask is kept by it
 def teacher_forcing(frames: int, history: History) -> Masked:
     """Clean frames followed by the same frames noisy, (2·frames) in all.
 

@@ -1,8 +1,9 @@
-"""What a transformer costs to run: weights, caches and prompts in bytes, passes in FLOPs.
+"""What a transformer costs to run and to train: weights, caches, prompts and activations in bytes, passes in FLOPs.
 
 Formulas of sizes alone, for one stream with a prompt as long as the model takes. FLOPs are those of matrix products
-and attention, two per multiply-add. Left out: norms, activations and other work per element; a frame's own camera
-matrices and rays; the first image's channels, of one frame in a stream; autoencoders and text encoders.
+and attention, two per multiply-add; a backward pass has twice its forward's. Left out: norms, activations and other
+work per element; a frame's own camera matrices and rays; the first image's channels, of one frame in a stream;
+autoencoders and text encoders.
 """
 
 from dataclasses import astuple, dataclass
@@ -12,7 +13,7 @@ import torch
 from minwm.errors import ConfigError
 from minwm.models.backbones import new_model
 from minwm.models.conditions import FREQUENCIES, TOKENS, ConditionName
-from minwm.models.context import History
+from minwm.models.context import History, teacher_forcing
 from minwm.models.hunyuan import HunyuanConfig
 from minwm.models.wan import WanConfig
 
@@ -23,30 +24,32 @@ Sizes = WanConfig | HunyuanConfig
 class Pass:
     """Shape of one forward of one stream.
 
-    frames:  latent frames that go in
-    visible: latent frames that every query is compared with, those that a mask hides included
-    tokens:  of a frame
+    frames: latent frames that go in
+    pairs:  of latent frames of which one sees the other
+    tokens: of a frame
     """
 
     frames: int
-    visible: int
+    pairs: int
     tokens: int
     bidirectional: bool = False
 
     @classmethod
     def full(cls, frames: int, tokens: int) -> "Pass":
         """Every frame sees every frame."""
-        return cls(frames=frames, visible=frames, tokens=tokens, bidirectional=True)
+        return cls(frames=frames, pairs=frames**2, tokens=tokens, bidirectional=True)
 
     @classmethod
-    def teacher_forced(cls, frames: int, tokens: int) -> "Pass":
-        """Clean frames and the same ones noisy, under a mask."""
-        return cls(frames=2 * frames, visible=2 * frames, tokens=tokens)
+    def teacher_forced(cls, frames: int, tokens: int, history: History) -> "Pass":
+        """Clean frames and the same ones noisy, under a mask. What it hides is not computed."""
+        return cls(frames=2 * frames, pairs=int(teacher_forcing(frames, history).mask.sum()), tokens=tokens)
 
     @classmethod
-    def cached(cls, history: History, tokens: int) -> "Pass":
-        """A chunk that sees a full window."""
-        return cls(frames=history.chunk, visible=history.sink + history.window, tokens=tokens)
+    def cached(cls, history: History, tokens: int, start: int | None = None) -> "Pass":
+        """A chunk that sees a full window, or what a stream of `start` frames before it has."""
+        full = history.sink + history.window
+        seen = full if start is None else min(full, start + history.chunk)
+        return cls(frames=history.chunk, pairs=history.chunk * seen, tokens=tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,31 @@ def prompt_bytes(architecture: Sizes, dtype: torch.dtype) -> int:
     return 2 * architecture.layers * prompt_tokens(architecture) * architecture.dim * dtype.itemsize
 
 
+def prompt_flops(architecture: Sizes) -> int:
+    """FLOPs of making the prompt, which HunyuanVideo's bidirectional passes do themselves."""
+    if isinstance(architecture, HunyuanConfig):
+        return _text_stream(architecture, 0)
+    dim = architecture.dim
+    return _linear(architecture.text_length, architecture.text_dim * dim + (1 + 2 * architecture.layers) * dim**2)
+
+
+def activation_bytes(architecture: Sizes, tokens: int, *, bf16: bool = True, checkpointed: bool = False) -> int:
+    """Memory, roughly, that a pass with gradient over `tokens` tokens keeps for its backward.
+
+    With activations checkpointed: what goes into every block, and one block's own at a time. Left out: what does not
+    grow with the blocks, and the keys and values that a pass sees of a cache.
+    """
+    if isinstance(architecture, WanConfig):
+        hidden, per_channel, stream = architecture.ffn_dim, 65 if bf16 else 89, 4
+    else:
+        hidden, per_channel, stream = architecture.mlp_dim, 41 if bf16 else 73, 2 if bf16 else 4
+    if "camera_prope" in architecture.conditions:
+        per_channel += 10 if bf16 else 20
+    block = tokens * (per_channel * architecture.dim + (4 if bf16 else 8) * hidden)
+    inputs = architecture.layers * tokens * stream * architecture.dim
+    return inputs + block if checkpointed else architecture.layers * block
+
+
 def prompt_tokens(architecture: Sizes) -> int:
     """Tokens of the longest prompt; Wan's are padded to as many."""
     if isinstance(architecture, WanConfig):
@@ -110,7 +138,7 @@ def latent_size(architecture: Sizes, height: int, width: int) -> tuple[int, int]
 def forward_flops(architecture: Sizes, shape: Pass) -> Flops:
     """FLOPs of one forward."""
     dim, layers = architecture.dim, architecture.layers
-    queries, keys, text = shape.frames * shape.tokens, shape.visible * shape.tokens, prompt_tokens(architecture)
+    queries, text = shape.frames * shape.tokens, prompt_tokens(architecture)
     branches = 2 if "camera_prope" in architecture.conditions else 1
     if isinstance(architecture, WanConfig):
         per_token, per_frame = _wan_weights(architecture)
@@ -123,7 +151,7 @@ def forward_flops(architecture: Sizes, shape: Pass) -> Flops:
     return Flops(
         linear=_linear(queries, per_token),
         modulation=_linear(shape.frames, per_frame),
-        attention=branches * layers * _attention(queries, keys, dim),
+        attention=branches * layers * shape.pairs * _attention(shape.tokens, shape.tokens, dim),
         text=to_text,
         conditions=_conditions(architecture, shape),
     )

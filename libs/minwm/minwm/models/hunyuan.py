@@ -324,7 +324,7 @@ class Hunyuan(Transformer):
         vector = self.time_in(zero)[:, None]
         layers = []
         for block in self.double_blocks:
-            tokens, beside = cast(DoubleBlock, block).forward_text(tokens, mask, vector)
+            tokens, beside = self.run(cast(DoubleBlock, block).forward_text, tokens, mask, vector)
             layers.append(beside)
         return HunyuanPrompt(layers=tuple(layers))
 
@@ -362,7 +362,7 @@ class Hunyuan(Transformer):
             raise InputError("prompt: was made for bidirectional passes, expected one for causal passes")
         require_batch(len(prompt.layers[0].keys), len(x))
         for layer, (block, beside) in enumerate(zip(self.double_blocks, prompt.layers, strict=True)):
-            x = steering.after_block(layer, block(x, vector, beside, layer, step))
+            x = steering.after_block(layer, self.run(block, x, vector, beside, layer, step))
         return x
 
     def _run_joint(
@@ -376,7 +376,8 @@ class Hunyuan(Transformer):
         text, mask = self._embed_text(prompt.text, timestep)
         text_vector = self.time_in(timestep)[:, None]
         for layer, block in enumerate(self.double_blocks):
-            x, text = cast(DoubleBlock, block).forward_joint(x, vector, text, mask, text_vector, layer, step)
+            joint = cast(DoubleBlock, block).forward_joint
+            x, text = self.run(joint, x, vector, text, mask, text_vector, layer, step)
             x = steering.after_block(layer, x)
         return x
 

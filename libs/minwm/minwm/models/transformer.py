@@ -5,14 +5,19 @@ A backbone is one file that subclasses `Transformer`: names of modules are its o
 """
 
 from abc import abstractmethod
-from typing import Any, Protocol, Self
+from collections.abc import Callable
+from typing import Any, Protocol, Self, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minwm.errors import InputError
 from minwm.models.cache import CacheGeometry
 from minwm.models.conditions import ConditionName, Conditions
 from minwm.models.context import Context, History
+
+T = TypeVar("T")
 
 
 class Prompt(Protocol):
@@ -54,7 +59,13 @@ class Architecture(Protocol):
 
 
 class Transformer(nn.Module):
-    """Base of the backbones."""
+    """Base of the backbones.
+
+    checkpoint_activations: whether a pass with gradient keeps what goes into its blocks alone, and makes the rest
+        again when the gradient comes back: a third more work for a fraction of the memory
+    """
+
+    checkpoint_activations = False
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -74,6 +85,12 @@ class Transformer(nn.Module):
         conditions: Conditions | None = None,
     ) -> Tensor:
         """Velocity (b, f, c, y, x) of latents (b, f, c, y, x) at timesteps (b, f) in [0, 1000]."""
+
+    def run(self, block: Callable[..., T], *inputs: Any) -> T:
+        """A block's output, made again in the backward pass where `checkpoint_activations` asks for it."""
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return block(*inputs)
+        return cast(T, checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False))
 
     def grid(self, latents: Tensor, timesteps: Tensor, context: Context) -> tuple[int, int]:
         """Rows and columns of tokens of a frame. Raises InputError for what does not fit the model or the context."""

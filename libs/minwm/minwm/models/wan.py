@@ -250,7 +250,7 @@ class Wan(Transformer):
         e = steering.onto_time(self.time_embedding(sinusoid(timesteps, config.frequencies).to(self._dtype)))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
         for layer, (block, text) in enumerate(zip(self.blocks, prompt.layers, strict=True)):
-            x = steering.after_block(layer, block(x, e0, text, layer, step))
+            x = steering.after_block(layer, self.run(block, x, e0, text, layer, step))
         return unpatchify(self.head(x, e), config.patch, rows, columns)
 
     @property

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from minwm.errors import ConfigError
 from minwm.progress import Report, progress_bar
 from minwm.training.trajectory_commands import trajectories
 
@@ -19,16 +20,30 @@ def register(app: typer.Typer) -> None:
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/doom/autoregressive.yaml.")],
-    out: Annotated[Path, typer.Option(help="Run folder. The same folder again goes on from its checkpoint.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder. The same folder again goes on from its checkpoint.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override, such as run.steps=100; repeatable.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print shapes, parameters, memory and FLOPs of a step.")
+    ] = False,
 ) -> None:
     """Run one training stage; the model lands in OUT/model."""
     from minwm.training.metrics import summary
     from minwm.training.recipe import load_recipe, run_recipe
 
     loaded = load_recipe(recipe, set_ or [])
+    if dry_run:
+        from rich.console import Console
+
+        from minwm.training.dry_run import plan, tables
+
+        Console(highlight=False).print(*tables(plan(loaded)))
+        return
+    if out is None:
+        raise ConfigError("--out: is required to train, expected the run's folder")
     with ExitStack() as bars:
 
         def show(done: int, total: int, figures: dict[str, float]) -> None:
