@@ -28,7 +28,7 @@ STAGES: dict[str, Callable[[Backbone, Path], Stage]] = {
     "autoregressive": lambda b, _: Autoregressive(AutoregressiveConfig(window=WINDOW), b),
     "consistency": lambda b, _: Consistency(ConsistencyConfig(window=WINDOW, guidance=2.0), b),
     "dmd": lambda b, folder: DMD(
-        DMDConfig(window=WINDOW, score=folder, steps=2, guidance=2.0, context_chunks=0), b, load_backbone(folder)
+        DMDConfig(window=WINDOW, score=folder, steps=(2,), guidance=2.0, context_chunks=0), b, load_backbone(folder)
     ),
 }
 

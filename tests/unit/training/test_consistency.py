@@ -24,7 +24,7 @@ def make(backbone: Backbone, *, seed: int = 9, **config: float) -> Consistency:
     stage = Consistency(ConsistencyConfig(**config), backbone)  # type: ignore[arg-type]
     torch.manual_seed(seed)
     with torch.no_grad():
-        for network in stage.frozen.values():
+        for network in (*stage.frozen.values(), *stage.fixed.values()):
             for parameter in network.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
     return stage
@@ -35,7 +35,7 @@ def test_loss_compares_the_student_with_the_target_one_teacher_step_further_down
     tiny_backbone: Backbone, batch: Batch, record: Record, intervals: int
 ) -> None:
     stage = make(tiny_backbone, intervals=intervals)
-    student, (teacher, target) = tiny_backbone.model, (stage.frozen[name] for name in ("teacher", "target"))
+    student, (teacher, target) = tiny_backbone.model, (stage.fixed["teacher"], stage.frozen["target"])
     mine, theirs, slow = record(student), record(teacher), record(target)
     levels = [*schedule(intervals, 3.0), 0.0]
     loss, _ = stage.loss("generator", batch, Draw(0, 0, range(3)))
@@ -70,7 +70,7 @@ def test_every_interval_is_drawn_the_last_one_too(tiny_backbone: Backbone, batch
 
 def test_levels_stay_float32_under_bf16_autocast(tiny_backbone: Backbone, batch: Batch, record: Record) -> None:
     stage = make(tiny_backbone, intervals=1000)
-    theirs, slow = record(stage.frozen["teacher"]), record(stage.frozen["target"])
+    theirs, slow = record(stage.fixed["teacher"]), record(stage.frozen["target"])
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = stage.loss("generator", batch, Draw(0, 0, range(3)))
     assert loss.dtype == torch.float32
@@ -91,17 +91,21 @@ def test_only_the_student_gets_gradients(tiny_backbone: Backbone, batch: Batch, 
     loss, _ = stage.loss("generator", batch, draw)
     loss.backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is not None for parameter in tiny_backbone.model.parameters())
-    assert all(parameter.grad is None for network in stage.frozen.values() for parameter in network.parameters())
+    assert all(
+        parameter.grad is None
+        for network in (*stage.frozen.values(), *stage.fixed.values())
+        for parameter in network.parameters()
+    )
 
 
 def test_guidance_moves_the_teacher_away_from_what_it_says_without_a_prompt(
     tiny_backbone: Backbone, batch: Batch, record: Record
 ) -> None:
     stage = make(tiny_backbone, guidance=2.5, intervals=2)
-    theirs, slow = record(stage.frozen["teacher"]), record(stage.frozen["target"])
+    theirs, slow = record(stage.fixed["teacher"]), record(stage.frozen["target"])
     stage.loss("generator", batch, Draw(0, 0, range(3)))
     prompted, bare = theirs
-    nothing = stage.frozen["teacher"].prompt(torch.zeros_like(batch.text))
+    nothing = stage.fixed["teacher"].prompt(torch.zeros_like(batch.text))
     assert torch.equal(bare.prompt.layers[0][0], nothing.layers[0][0])
     velocity = (bare.output + 2.5 * (prompted.output - bare.output))[:, 8:]
     sigma, following = prompted.sigma[:, 8:], slow[0].sigma[:, 8:]
@@ -116,11 +120,11 @@ def test_the_target_follows_the_student_slowly_and_is_what_is_exported(tiny_back
         name: 0.9 * slow + 0.1 * dict(student.named_parameters())[name]
         for name, slow in ((name, value.clone()) for name, value in target.named_parameters())
     }
-    teacher = [parameter.clone() for parameter in stage.frozen["teacher"].parameters()]
+    teacher = [parameter.clone() for parameter in stage.fixed["teacher"].parameters()]
     stage.after_step(0)
     for name, value in target.named_parameters():
         torch.testing.assert_close(value, expected[name])
-    assert all(torch.equal(a, b) for a, b in zip(teacher, stage.frozen["teacher"].parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(teacher, stage.fixed["teacher"].parameters(), strict=True))
     stage.export(tmp_path / "model", {})
     exported = load_backbone(tmp_path / "model").model.state_dict()
     for name, value in target.state_dict().items():

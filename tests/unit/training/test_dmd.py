@@ -124,7 +124,7 @@ def test_each_loss_reaches_its_own_network_alone(
     for name, parameter in stage.networks[turn].named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
-    for network in (stage.networks[other], stage._real, *stage.frozen.values()):
+    for network in (stage.networks[other], *stage.fixed.values(), *stage.frozen.values()):
         assert all(parameter.grad is None for parameter in network.parameters())
 
 

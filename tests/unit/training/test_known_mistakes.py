@@ -89,7 +89,7 @@ def test_the_intervals_of_the_ode_are_float32_ones_where_bf16_would_be_off_by_tw
     new_backbone: NewBackbone, batch: Batch, record: Record
 ) -> None:
     stage = Consistency(ConsistencyConfig(window=WindowConfig(frames=8)), new_backbone())
-    theirs, slow = record(stage.frozen["teacher"]), record(stage.frozen["target"])
+    theirs, slow = record(stage.fixed["teacher"]), record(stage.frozen["target"])
     with torch.autocast("cpu", torch.bfloat16):
         for step in range(3):
             stage.loss("generator", batch, Draw(0, step, range(3)))
@@ -274,9 +274,9 @@ def test_dropping_the_prompt_is_the_empty_prompt_that_guidance_is_measured_again
     dropped = cut_windows(new_clips(2, 4), Draw(0, 0, range(2)), replace(WINDOW, prompt_dropout=1.0), backbone.encode)
     stage = Consistency(ConsistencyConfig(window=WINDOW, guidance=3.0), backbone)
     prompted = cut_windows(new_clips(2, 4), Draw(0, 0, range(2)), replace(WINDOW, prompt_dropout=0.0), backbone.encode)
-    calls = record(stage.frozen["teacher"])
+    calls = record(stage.fixed["teacher"])
     stage.loss("generator", prompted, Draw(0, 0, range(2)))
-    trained = stage.frozen["teacher"].prompt(dropped.text)
+    trained = stage.fixed["teacher"].prompt(dropped.text)
     for (k, v), (asked_k, asked_v) in zip(trained.layers, calls[1].prompt.layers, strict=True):
         assert torch.equal(k, asked_k)
         assert torch.equal(v, asked_v)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 Figure = dict[str, Any]
-"""`value`, with `clips` (and `chunks` where it counts these) or `rounds` of timing; or null and `missing`, the reason."""
+"""`value`, with `clips` (`chunks` too where these count) or `rounds` of timing; or null and `missing`, the reason."""
 
 ALWAYS = {
     "turn_direction": "needs a judge",

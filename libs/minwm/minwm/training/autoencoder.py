@@ -78,6 +78,7 @@ class AutoencoderStage:
         self.networks: Mapping[str, nn.Module] = {"autoencoder": self.model}
         self._moments = _Moments(model.config.latent_channels)
         self.frozen: Mapping[str, nn.Module] = {"moments": self._moments}
+        self.fixed: Mapping[str, nn.Module] = {}
 
     def turns(self, step: int) -> Sequence[str]:
         return ("autoencoder",)

@@ -48,6 +48,7 @@ class Autoregressive:
         self._config, self._backbone = config, backbone
         self.networks: Mapping[str, nn.Module] = {"generator": backbone.model}
         self.frozen: Mapping[str, nn.Module] = {}
+        self.fixed: Mapping[str, nn.Module] = {}
 
     def turns(self, step: int) -> Sequence[str]:
         return ("generator",)

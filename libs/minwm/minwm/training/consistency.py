@@ -59,7 +59,8 @@ class Consistency:
         self._teacher = copy.deepcopy(backbone.model).requires_grad_(False)
         self._target = copy.deepcopy(backbone.model).requires_grad_(False)
         self.networks: Mapping[str, nn.Module] = {"generator": backbone.model}
-        self.frozen: Mapping[str, nn.Module] = {"teacher": self._teacher, "target": self._target}
+        self.frozen: Mapping[str, nn.Module] = {"target": self._target}
+        self.fixed: Mapping[str, nn.Module] = {"teacher": self._teacher}
 
     def turns(self, step: int) -> Sequence[str]:
         return ("generator",)

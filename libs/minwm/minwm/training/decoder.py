@@ -60,6 +60,7 @@ class DecoderStage:
         self.model = TinyDecoder(config.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.networks: Mapping[str, nn.Module] = {"decoder": self.model}
         self.frozen: Mapping[str, nn.Module] = {}
+        self.fixed: Mapping[str, nn.Module] = {}
 
     def turns(self, step: int) -> Sequence[str]:
         return ("decoder",)

@@ -110,6 +110,7 @@ class DMD:
         self._average = Average(backbone.model)
         self.networks: Mapping[str, nn.Module] = {"generator": backbone.model, "critic": self._critic}
         self.frozen: Mapping[str, nn.Module] = {"average": self._average}
+        self.fixed: Mapping[str, nn.Module] = {"score": self._real}
 
     def turns(self, step: int) -> Sequence[str]:
         return ("generator", "critic") if step % self._config.critic_ratio == 0 else ("critic",)

@@ -121,6 +121,7 @@ class JudgeStage:
         self.model = Judge(self._known).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.networks: Mapping[str, nn.Module] = {"judge": self.model}
         self.frozen: Mapping[str, nn.Module] = {}
+        self.fixed: Mapping[str, nn.Module] = {}
 
     def turns(self, step: int) -> Sequence[str]:
         return ("judge",)

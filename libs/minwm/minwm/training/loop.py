@@ -134,10 +134,12 @@ class _Trainer:
             if checkpoint.step > self._run.steps:
                 raise TrainingError(f"{checkpoint.path}: has done more than run.steps={self._run.steps}")
             self.load_networks(checkpoint)
-        for network in self._networks.values():
+        for network in (*self._networks.values(), *self._stage.fixed.values()):
             network.to(self._processes.device)
-            if self._run.compile:
-                _compile_blocks(network)
+            if isinstance(network, Transformer):
+                network.checkpoint_activations = self._run.checkpoint_activations
+                if self._run.compile:
+                    _compile_blocks(network)
         for name, network in self._stage.networks.items():
             config = self._optimizers[name]
             self._engines[name] = make_engine(self._run.engine, network, config, self._run.parallel, self._processes)
@@ -216,13 +218,12 @@ class _Trainer:
         return TrainingError(f"step {step}: {what}; samples {', '.join(names)}; the batch is in {path}")
 
 
-def _compile_blocks(network: nn.Module) -> None:
-    """Compile a transformer's blocks, each for itself: they are alike, so one compilation serves them all."""
-    if isinstance(network, Transformer):
-        for layers in network.children():
-            if isinstance(layers, nn.ModuleList):
-                for block in layers:
-                    block.compile(dynamic=False)
+def _compile_blocks(network: Transformer) -> None:
+    """Compile the blocks, each for itself: they are alike, so one compilation serves them all."""
+    for layers in network.children():
+        if isinstance(layers, nn.ModuleList):
+            for block in layers:
+                block.compile(dynamic=False)
 
 
 def _plain(content: Any) -> Any:

@@ -53,6 +53,7 @@ class Ode:
         self._levels = trajectories.states
         self.networks: Mapping[str, nn.Module] = {"generator": backbone.model}
         self.frozen: Mapping[str, nn.Module] = {}
+        self.fixed: Mapping[str, nn.Module] = {}
 
     def turns(self, step: int) -> Sequence[str]:
         return ("generator",)

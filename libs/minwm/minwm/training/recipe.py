@@ -204,6 +204,8 @@ def _on_clips(make: Callable[[_Request], Stage], *, video: bool = False) -> Call
 
 def _work(recipe: Recipe, job: _Job) -> Work | None:
     """What a step comes to, for stages that train a transformer."""
+    from minwm.training.dry_run import plan  # which stands on this module
+
     generator = job.stage.networks.get("generator")
     if not isinstance(generator, Transformer):
         return None
@@ -213,7 +215,8 @@ def _work(recipe: Recipe, job: _Job) -> Work | None:
     else:
         window = build(WindowConfig, recipe.method.get("window", {}), "method.window")
         frames, (rows, columns) = window.frames, window.crop or sample.latents.shape[-2:]
-    return Work(tokens=recipe.run.batch_size * frames * (rows // patch[0]) * (columns // patch[1]))
+    tokens = recipe.run.batch_size * frames * (rows // patch[0]) * (columns // patch[1])
+    return Work(tokens=tokens, flops=plan(recipe).flops)
 
 
 def _dmd(request: _Request) -> Stage:

@@ -19,6 +19,7 @@ class RunConfig:
 
     bf16:             losses are computed under autocast; weights stay float32
     compile:          the transformers' blocks, which takes a minute at the start
+    checkpoint_activations: keep what goes into the transformers' blocks alone, and compute the rest once more
     keep:             checkpoints kept beside the best one
     resume:           exact: a checkpoint of another recipe or dataset is refused; weights: its networks and its step
                       are taken, its optimizers are not
@@ -38,6 +39,7 @@ class RunConfig:
     seed: int = 0
     bf16: bool = True
     compile: bool = False
+    checkpoint_activations: bool = False
     engine: EngineName = "auto"
     parallel: ParallelConfig = ParallelConfig()
     checkpoint_every: int = 200

@@ -19,10 +19,12 @@ class Stage(Protocol):
     Attributes:
         networks: what is trained, by name; each gets its own optimizer.
         frozen: further networks whose weights the checkpoint must carry (an EMA target, say).
+        fixed: networks that never change (a teacher): on the run's device like all, in no checkpoint.
     """
 
     networks: Mapping[str, nn.Module]
     frozen: Mapping[str, nn.Module]
+    fixed: Mapping[str, nn.Module]
 
     def turns(self, step: int) -> Sequence[str]:
         """The networks updated in this step, in order."""
