@@ -68,8 +68,9 @@ def block_mask(context: Masked, tokens: int, ahead: int, real: Tensor | None, de
 
 def _count(owners: Tensor, count: int) -> Tensor:
     """How many tokens of each block are whose: (blocks, count) of owners (n,)."""
-    padded: Tensor = F.pad(F.one_hot(owners, count), (0, 0, 0, -len(owners) % BLOCK))
-    return padded.unflatten(0, (-1, BLOCK)).sum(1).double()
+    padded = F.pad(F.one_hot(owners, count), (0, 0, 0, -len(owners) % BLOCK))
+    counts: Tensor = padded.unflatten(0, (-1, BLOCK)).sum(1).double()
+    return counts
 
 
 def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
