@@ -125,6 +125,11 @@ def test_a_motion_is_read_from_the_last_frame_of_a_group_and_the_four_after_it(j
         assert moved.tolist() == expected, f"frame {changed} changed"
 
 
+def test_a_mirrored_clip_moves_to_the_other_side(judge: Judge) -> None:
+    frames = play(12)
+    np.testing.assert_allclose(judge.motions(frames[:, :, ::-1]), judge.motions(frames) * (-1, 1, 1, -1), atol=1e-6)
+
+
 def test_long_clips_are_judged_as_short_ones(judge: Judge) -> None:
     frames = play(4 * 40)
     apart = [judge.motions(frames[start : start + 8]) for start in range(0, len(frames) - 4, 4)]

@@ -31,6 +31,7 @@ WINDOW = FRAMES_PER_LATENT + 1  # RGB frames that one motion spans
 LEAST_CLIP = 8  # RGB frames
 LEAST_TURN = 1.0  # degrees per latent frame that have a side
 LEAST_MOVE = 0.25  # world units per latent frame that have a direction: a quarter of walking
+_MIRRORED = (-1, 1, 1, -1)  # what a mirror does to a motion
 _CELL = 3  # pixels of 72 × 96 along the side of the finest maps' cells
 _REACH = (2, 3)  # cells (y, x) that a thing may move between two frames
 _DESCRIPTOR = 16  # channels in which cells are compared
@@ -137,11 +138,17 @@ class Judge(nn.Module):
         return Judgement(self.motion(features).float() * scale, self.label(features), self.scene(features), features)
 
     def motions(self, frames: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """As MotionEstimator. Raises DataError unless `t` is a multiple of four, eight or more."""
+        """As MotionEstimator; the mean of what the frames and their mirror images say, so neither side is favoured.
+
+        Raises DataError unless `t` is a multiple of four, eight or more.
+        """
         if len(frames) % FRAMES_PER_LATENT:
             raise DataError(f"frames: got {len(frames)}, expected a multiple of {FRAMES_PER_LATENT}")
-        found = [judged.motions for judged in self._judged(frames, first=FRAMES_PER_LATENT - 1)]
-        return torch.cat(found).double().cpu().numpy()
+        plain, mirrored = (
+            torch.cat([judged.motions for judged in self._judged(seen, first=FRAMES_PER_LATENT - 1)])
+            for seen in (frames, frames[:, :, ::-1])
+        )
+        return ((plain + mirrored * plain.new_tensor(_MIRRORED)) / 2).double().cpu().numpy()
 
     def clip_features(self, frames: NDArray[np.uint8]) -> NDArray[np.float64]:
         """As FeatureExtractor: the mean over windows of five frames, one every four frames from the clip's first.

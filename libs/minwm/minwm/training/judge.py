@@ -1,7 +1,8 @@
 """The judge of generated video, trained on play: camera motions, what is in view, and which map it is.
 
 A sample is five frames of an episode, mirrored and played backwards half of the time each, and slowed down in four of
-ten (a player turns at one speed only, which an estimator must not learn by heart); their motion follows.
+ten (a player turns at one speed only, which an estimator must not learn by heart); their motion follows. Of two places
+drawn, the sample is taken where the camera moves farther to a side: that is rare in play, and looks much like a turn.
 Generated pictures are softer and dirtier than the game's, so samples are blurred, quantised in blocks as JPEG does,
 made noisy, and changed in contrast, brightness and colour; the labels and motions stay.
 """
@@ -128,11 +129,12 @@ class JudgeStage:
 
     def prepare(self, samples: Sequence[Play], draw: Draw) -> JudgeBatch:
         frames, motions, labels, scenes = [], [], [], []
-        for play, (place, mirror, reverse, pace) in zip(samples, draw.uniform("window", (4,)), strict=True):
-            start = int(place * (len(play.frames) - WINDOW + 1))
+        for play, (*places, mirror, reverse, pace) in zip(samples, draw.uniform("window", (5,)), strict=True):
             slow = np.linspace(0, min(WINDOW - 1, int(pace * 2 * WINDOW)), WINDOW)
-            order = start + slow.round().astype(int)[:: -1 if reverse < 0.5 else 1]
-            motion = true_motions(play.poses[order[[0, -1]]])[0]
+            paced = slow.round().astype(int)[:: -1 if reverse < 0.5 else 1]
+            orders = [int(place * (len(play.frames) - WINDOW + 1)) + paced for place in places]
+            moved = [true_motions(play.poses[order[[0, -1]]])[0] for order in orders]
+            order, motion = max(zip(orders, moved, strict=True), key=lambda chosen: abs(chosen[1][0]))
             flip = -1 if mirror < 0.5 else 1
             frames.append(torch.from_numpy(play.frames[order][:, :, ::flip].copy()))
             motions.append(motion * (flip, 1, 1, flip))
