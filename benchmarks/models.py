@@ -158,13 +158,13 @@ def random_conditions(frames: int, device: Device) -> Conditions:
     return Conditions(cameras, torch.randint(0, 81, (1, frames))).to(device.value)
 
 
-def longest_prompt(architecture: Sizes, device: Device) -> Any:
+def longest_prompt(architecture: Sizes, device: Device, streams: int = 1) -> Any:
     """What `prompt` takes, of as many tokens as the model takes."""
 
     def embedded(length: int, width: int) -> Embedded:
         return Embedded(
-            torch.randn(1, length, width, device=device.value),
-            torch.ones(1, length, dtype=torch.bool, device=device.value),
+            torch.randn(streams, length, width, device=device.value),
+            torch.ones(streams, length, dtype=torch.bool, device=device.value),
         )
 
     if not isinstance(architecture, WanConfig):
@@ -174,7 +174,7 @@ def longest_prompt(architecture: Sizes, device: Device) -> Any:
             vision=embedded(architecture.vision_length, architecture.vision_dim),
         )
     if architecture.byte_text:
-        return torch.randint(1, 257, (1, architecture.text_length), device=device.value)
+        return torch.randint(1, 257, (streams, architecture.text_length), device=device.value)
     return embedded(architecture.text_length, architecture.text_dim)
 
 
