@@ -16,7 +16,7 @@ demo: setup ## the whole path: play a game, train, register, serve, stream; resu
 	@$(VENV)/bin/minwm demo
 
 eval: setup ## measure the shipped model on play it has never seen; results in runs/eval/wan-doom.{json,html}
-	@$(VENV)/bin/minwm eval models/wan-doom/model --autoencoder models/wan-doom/autoencoder --judge models/doom-judge \
+	@$(VENV)/bin/minwm eval $(firstword $(wildcard models/wan-doom/model) models/wan-doom/base) --autoencoder models/wan-doom/autoencoder --judge models/doom-judge \
 		$(patsubst %,--teacher %,$(wildcard models/wan-doom/teacher.npz)) --full --record --data runs/eval/play --out runs/eval/wan-doom
 
 test: setup ## the tests that fit in 10 minutes on two cores

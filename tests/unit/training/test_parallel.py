@@ -47,7 +47,7 @@ def new_stage(folder: Path, method: str) -> Stage:
     backbone = load_backbone(folder / "backbone")
     if method == "autoregressive":
         return Autoregressive(AutoregressiveConfig(window=WINDOW), backbone)
-    config = DMDConfig(window=WINDOW, score=folder / "backbone", steps=2, critic_ratio=2)
+    config = DMDConfig(window=WINDOW, score=folder / "backbone", steps=(2,), critic_ratio=2)
     stage = DMD(config, backbone, load_backbone(config.score))
     with torch.no_grad():  # a critic that differs from the score already
         for parameter in stage.networks["critic"].parameters():

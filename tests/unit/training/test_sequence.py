@@ -42,7 +42,7 @@ STAGES: dict[str, Callable[[Backbone, Backbone], Stage]] = {
     "bidirectional": lambda b, _: Bidirectional(BidirectionalConfig(window=WINDOW), b),
     "autoregressive": lambda b, _: Autoregressive(AutoregressiveConfig(window=WINDOW), b),
     "consistency": lambda b, _: Consistency(ConsistencyConfig(window=WINDOW, guidance=2.0), b),
-    "dmd": lambda b, score: DMD(DMDConfig(window=WINDOW, score=Path("unused"), steps=2, guidance=2.0), b, score),
+    "dmd": lambda b, score: DMD(DMDConfig(window=WINDOW, score=Path("unused"), steps=(2,), guidance=2.0), b, score),
 }
 CASES = [(backbone, stage) for backbone in BACKBONES for stage in STAGES]
 """Among them every context: full, masked, cached; with and without a text stream that sees the frames."""

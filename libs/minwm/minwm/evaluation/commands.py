@@ -46,7 +46,7 @@ def evaluate_world(
     seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 0,
     record: Annotated[bool, typer.Option("--record", help="Play VizDoom, once, into a folder under DATA.")] = False,
     scene: Annotated[list[str] | None, typer.Option(help="With --record: wad:map; repeatable.")] = None,
-    size: Annotated[str, typer.Option(help="With --record and a backbone: pixels, HEIGHTxWIDTH.")] = "144x192",
+    size: Annotated[str, typer.Option(help="With --record and a backbone: pixels, HEIGHTxWIDTH.")] = "96x128",
 ) -> None:
     """Measure a world model on held-out clips: does the camera control it, how near are its frames to the true ones."""
     from minwm.evaluation.evaluate import FULL, EvaluationConfig, evaluate, write_json

@@ -35,11 +35,11 @@ class HeldoutConfig:
     episode_frames: RGB frames of each recording
     """
 
-    scenes: tuple[str, ...] = (*(f"freedoom1:E1M{level}" for level in (2, 3, 5, 6, 7)), "freedoom1:E1M4")
+    scenes: tuple[str, ...] = (*(f"freedoom1:E1M{level}" for level in (3, 5, 6)), "freedoom1:E1M4")
     episodes_per_scene: int = 1
     episode_frames: int = 576
     clip_frames: int = 24
-    size: tuple[int, int] = (144, 192)
+    size: tuple[int, int] = (96, 128)
 
 
 def open_world(folder: Path, autoencoder: Path | None, data: Path, steps: int | None = None) -> World:
