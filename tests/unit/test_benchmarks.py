@@ -95,10 +95,10 @@ def test_the_floor_is_every_product_and_attention_call_without_the_cameras_matri
         assert calls == shapes
 
 
-def test_every_stage_s_step_is_timed_against_its_own_products(training: ModuleType, tmp_path: Path) -> None:
+def test_a_stage_s_step_is_timed_against_its_own_products(training: ModuleType, tmp_path: Path) -> None:
     sizes = ("--height", "16", "--width", "32", "--frames", "4", "--batch", "1")
-    report = run(training, tmp_path, *sizes)
-    assert [row["stage"] for row in report["figures"]] == ["bidirectional", "autoregressive", "consistency", "dmd"]
+    report = run(training, tmp_path, "--stage", "autoregressive", "--stage", "dmd", *sizes)
+    assert [row["stage"] for row in report["figures"]] == ["autoregressive", "dmd"]
     for row in report["figures"]:
         seconds = row["seconds"]["step"]
         assert row["flops"] == plan(training.recipe(row["stage"], "wan-doom", 4, (2, 4), 1)).flops
