@@ -12,30 +12,42 @@ import pytest
 import torch
 import torch.nn.functional as F
 import typer
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from minwm.models.costs import Pass, forward_flops
 from minwm.models.presets import preset
+from minwm.training.dry_run import plan
 
 pytestmark = pytest.mark.unit
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+def script(name: str) -> Iterator[ModuleType]:
+    """A script of the benchmarks, which are in no package; they import each other by name, as when they are run."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    yield sys.modules[name]
+    del sys.modules[name]
+
+
 @pytest.fixture(scope="module")
 def models() -> Iterator[ModuleType]:
-    """`benchmarks/models.py`, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location("benchmarks_models", BENCHMARKS / "models.py")
-    assert spec is not None and spec.loader is not None
-    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[spec.name])
-    yield sys.modules.pop(spec.name)
+    yield from script("models")
 
 
-def run(models: ModuleType, folder: Path, *arguments: str) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def training(models: ModuleType) -> Iterator[ModuleType]:
+    yield from script("training")
+
+
+def run(benchmark: ModuleType, folder: Path, *arguments: str) -> dict[str, Any]:
     """What the command writes."""
     app, out = typer.Typer(), folder / "figures.json"
-    app.command()(models.main)
+    app.command()(benchmark.main)
     result = CliRunner().invoke(app, [*arguments, "--repeats", "1", "--out", str(out)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     figures: dict[str, Any] = json.loads(out.read_text())
@@ -81,3 +93,30 @@ def test_the_floor_is_every_product_and_attention_call_without_the_cameras_matri
         with Count():
             replay()
         assert calls == shapes
+
+
+def test_a_stage_s_step_is_timed_against_its_own_products(training: ModuleType, tmp_path: Path) -> None:
+    sizes = ("--height", "16", "--width", "32", "--frames", "4", "--batch", "1")
+    report = run(training, tmp_path, "--stage", "autoregressive", "--stage", "dmd", *sizes)
+    assert [row["stage"] for row in report["figures"]] == ["autoregressive", "dmd"]
+    for row in report["figures"]:
+        seconds = row["seconds"]["step"]
+        assert row["flops"] == plan(training.recipe(row["stage"], "wan-doom", 4, (2, 4), 1)).flops
+        assert row["tokens_per_second"] == pytest.approx(4 * 2 / seconds)
+        assert row["share_of_peak"] == pytest.approx(row["flops"] / seconds / report["matrix_peak"])
+        assert row["step_over"]["floor"] > 1, row["stage"]
+
+
+def test_the_floor_of_training_has_a_backward_where_the_step_had_one(training: ModuleType) -> None:
+    """Forward alone: one product. With gradients of both factors: three."""
+    x, weight = torch.randn(64, 32), torch.randn(16, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as step, training.Products() as products:
+        (F.linear(x.requires_grad_(), weight) ** 2).sum().backward()
+        with torch.no_grad():
+            F.linear(x, weight)
+        x.reshape(-1, 4) @ torch.eye(4)
+    with FlopCounterMode(display=False) as floor:
+        products.again()
+    product = 2 * 64 * 32 * 16
+    assert floor.get_total_flops() == 4 * product
+    assert step.get_total_flops() == 4 * product + 2 * 64 * 32 * 4, "the camera's product is not in the floor"

@@ -69,8 +69,7 @@ def block_mask(context: Masked, tokens: int, ahead: int, real: Tensor | None, de
 def _count(owners: Tensor, count: int) -> Tensor:
     """How many tokens of each block are whose: (blocks, count) of owners (n,)."""
     padded = F.pad(F.one_hot(owners, count), (0, 0, 0, -len(owners) % BLOCK))
-    counts: Tensor = padded.unflatten(0, (-1, BLOCK)).sum(1).double()
-    return counts
+    return padded.reshape(-1, BLOCK, count).sum(1).double()
 
 
 def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
