@@ -206,6 +206,8 @@ def test_errors_worked_by_hand() -> None:
     lengths = np.sqrt(1.25) + 4 + 0.2 + 1.01
     assert error.translation_error == pytest.approx(lengths / 4)
     assert error.translation_relative == pytest.approx(lengths / 4.1)
+    assert error.turn_relative == pytest.approx(3 / 12)
+    assert error.move_relative == pytest.approx((np.sqrt(1.25) + 4 + 1.01) / 4)
 
 
 def test_a_still_clip_has_no_directions_and_nothing_is_no_clip(judge: Judge) -> None:

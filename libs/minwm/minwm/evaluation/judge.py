@@ -261,6 +261,7 @@ class MotionError:
     move_direction:       share of `moves`, of more than 0.25 world units over ground, estimated less than 45° off
     rotation_error_deg:   mean absolute error of yaw over all `motions`; rotation_relative: over mean absolute yaw
     translation_error:    mean length of the error over ground, world units; translation_relative: over mean length
+    turn_relative, move_relative: the same ratios, over the turns and over the moves alone
     """
 
     turn_direction: float
@@ -269,6 +270,8 @@ class MotionError:
     rotation_relative: float
     translation_error: float
     translation_relative: float
+    turn_relative: float
+    move_relative: float
     turns: int
     moves: int
     motions: int
@@ -283,15 +286,16 @@ def motion_error(estimated: NDArray[np.float64], true: NDArray[np.float64]) -> M
     turns, moves = np.abs(yaw) > LEAST_TURN, length > LEAST_MOVE
     along = (estimated[:, :2] * ground).sum(1)
     near = along > np.sqrt(0.5) * length * np.linalg.norm(estimated[:, :2], axis=1)
-    rotation = _mean(np.abs(estimated[:, 3] - yaw))
-    translation = _mean(np.linalg.norm(estimated[:, :2] - ground, axis=1))
+    turned, missed = np.abs(estimated[:, 3] - yaw), np.linalg.norm(estimated[:, :2] - ground, axis=1)
     return MotionError(
         turn_direction=_mean((estimated[:, 3] * yaw > 0)[turns]),
         move_direction=_mean(near[moves]),
-        rotation_error_deg=rotation,
-        rotation_relative=_ratio(rotation, _mean(np.abs(yaw))),
-        translation_error=translation,
-        translation_relative=_ratio(translation, _mean(length)),
+        rotation_error_deg=_mean(turned),
+        rotation_relative=_ratio(turned, np.abs(yaw)),
+        translation_error=_mean(missed),
+        translation_relative=_ratio(missed, length),
+        turn_relative=_ratio(turned[turns], np.abs(yaw[turns])),
+        move_relative=_ratio(missed[moves], length[moves]),
         turns=int(turns.sum()),
         moves=int(moves.sum()),
         motions=len(true),
@@ -350,8 +354,8 @@ def _mean(values: NDArray[np.floating] | NDArray[np.bool_]) -> float:
     return float(values.mean()) if values.size else math.nan
 
 
-def _ratio(value: float, by: float) -> float:
-    return value / by if by else math.nan
+def _ratio(errors: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:
+    return float(errors.sum() / sizes.sum()) if sizes.any() else math.nan
 
 
 def _unit(maps: Tensor) -> Tensor:
