@@ -39,7 +39,7 @@ if ! $VENV/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/d
 fi
 rm -f $STAMP
 say "installing requirements.lock into $VENV"
-"$UV" pip install --python $VENV/bin/python --requirements requirements.lock ||
+"$UV" pip install --python $VENV/bin/python --compile-bytecode --requirements requirements.lock ||
     fail "could not install requirements.lock; uv's message is above. Is a package index reachable, is the disk full?"
 "$UV" pip install --quiet --python $VENV/bin/python --no-deps "${PACKAGES[@]/#/--editable=}" ||
     fail "could not install this repository's packages (${PACKAGES[*]}); uv's message is above"
