@@ -20,7 +20,15 @@ from minwm.training.checkpointing import Checkpoints
 pytestmark = pytest.mark.integration
 
 STEPS = 10
-CLOCKS = {"seconds", "step_seconds", "data_wait_seconds", "samples_per_second", "tokens_per_second", "memory_bytes"}
+CLOCKS = {
+    "seconds",
+    "step_seconds",
+    "data_wait_seconds",
+    "samples_per_second",
+    "tokens_per_second",
+    "flops_utilisation",
+    "memory_bytes",
+}
 
 # Imports once and forks for every start. A start is killed from outside when the log has so many lines, or kills
 # itself at the n-th call that moves or flushes a file: those of a checkpoint being written, and the old one's removal.

@@ -23,9 +23,7 @@ CASES: list[tuple[LevelsConfig, Callable[[float], float]]] = [
 
 
 @pytest.mark.parametrize(("config", "below"), CASES, ids=["uniform", "logit_normal"])
-def test_levels_have_the_density_they_say_and_the_shift(
-    config: LevelsConfig, below: Callable[[float], float]
-) -> None:
+def test_levels_have_the_density_they_say_and_the_shift(config: LevelsConfig, below: Callable[[float], float]) -> None:
     drawn = config.draw(Draw(0, 0, range(1000)), 5.0, 4).double().flatten()
     assert drawn.dtype == torch.float64
     unshifted = drawn / (5 - 4 * drawn)  # solves σ' = 5σ / (1 + 4σ) for σ

@@ -22,9 +22,7 @@ Record = Callable[[nn.Module], list[Any]]
 
 
 @pytest.fixture
-def trajectories(
-    tmp_path: Path, tiny_backbone: Backbone, new_clips: Callable[[int, int], list[Clip]]
-) -> TrajectorySet:
+def trajectories(tmp_path: Path, tiny_backbone: Backbone, new_clips: Callable[[int, int], list[Clip]]) -> TrajectorySet:
     """Three trajectories of 6 frames, with states at the levels of 4, 2 and 1 steps."""
     config = SamplingConfig(window=WindowConfig(frames=6), windows=3, steps=(4, 2, 1), ode_steps=4)
     write_trajectories(tiny_backbone, new_clips(3, 8), config, tmp_path / "set", {})

@@ -87,6 +87,7 @@ def test_a_run_tells_its_speed_and_its_loss_on_heldout_clips(
     for line in lines:
         tokens = line["tokens_per_second"] * line["step_seconds"]
         assert tokens == pytest.approx(2 * 4 * 6), "two samples of four latent frames of 2 × 3 patches"
+        assert line["flops_utilisation"] > 0
 
 
 def test_a_run_goes_on_only_with_the_same_recipe_and_data(

@@ -64,7 +64,9 @@ def _is_world(folder: Path, autoencoder: Path | None) -> bool:
     if whole and autoencoder is not None:
         raise ConfigError(f"--autoencoder {autoencoder}: {folder} is a world, which has its own")
     if not whole and autoencoder is None:
-        raise CheckpointError(f"{folder}: not a world model (it has no {WORLD}); a backbone's folder needs --autoencoder")
+        raise CheckpointError(
+            f"{folder}: not a world model (it has no {WORLD}); a backbone's folder needs --autoencoder"
+        )
     return whole
 
 

@@ -110,13 +110,16 @@ class Plan:
         return weights + gradients + moments + 4 * frozen + 4 * averaged / processes
 
 
-def plan(recipe: Recipe) -> Plan:
-    """Work out a recipe. Raises ConfigError for stages that train no transformer, and for whatever does not fit."""
+def plan(recipe: Recipe, latents: tuple[int, int] | None = None) -> Plan:
+    """Work out a recipe; `latents`: rows and columns of a sample, where they are known.
+
+    Raises ConfigError for stages that train no transformer, and for whatever does not fit.
+    """
     if recipe.stage not in _WORK:
         raise ConfigError(f"stage: {recipe.stage!r} trains no transformer, a dry run is for {', '.join(_WORK)}")
     world = _world(recipe)
     window = _window(recipe, world.history)
-    size, size_from = _latent_size(recipe, window, world.architecture)
+    size, size_from = (latents, "given") if latents else _latent_size(recipe, window, world.architecture)
     patch = world.architecture.patch
     tokens = (size[0] // patch[0]) * (size[1] // patch[1])
     scope = _Scope(recipe, world, window.frames, tokens)

@@ -216,7 +216,7 @@ def _work(recipe: Recipe, job: _Job) -> Work | None:
         window = build(WindowConfig, recipe.method.get("window", {}), "method.window")
         frames, (rows, columns) = window.frames, window.crop or sample.latents.shape[-2:]
     tokens = recipe.run.batch_size * frames * (rows // patch[0]) * (columns // patch[1])
-    return Work(tokens=tokens, flops=plan(recipe).flops)
+    return Work(tokens=tokens, flops=plan(recipe, (rows, columns)).flops)
 
 
 def _dmd(request: _Request) -> Stage:
