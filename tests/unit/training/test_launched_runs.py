@@ -19,7 +19,7 @@ from minwm.models.backbones import Backbone, save_backbone
 from minwm.training.checkpointing import Checkpoints
 from minwm.training.recipe import load_recipe, run_recipe
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]  # three launches of the whole command
 
 COMMAND = "from minwm.cli import main\n\nif __name__ == '__main__':\n    main()\n"
 

@@ -29,7 +29,7 @@ from minwm.training.engine import Engine, EngineName, OptimizerConfig, make_engi
 from minwm.training.parallel import ParallelConfig, Processes, join, part
 from minwm.training.stage import Stage
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]  # a minute and a half: six engines in each of three processes
 
 WINDOW = WindowConfig(frames=4)
 OPTIMIZER = OptimizerConfig(clip_norm=0.05, weight_decay=0.1)
