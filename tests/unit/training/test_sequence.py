@@ -30,7 +30,7 @@ from minwm.training.parallel import ParallelConfig, Processes, join
 from minwm.training.sequence import split_sequence
 from minwm.training.stage import Stage
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]  # two processes through every backbone, stage and context
 
 WINDOW = WindowConfig(frames=4)
 BACKBONES: dict[str, dict[str, Any]] = {
