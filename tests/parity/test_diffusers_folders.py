@@ -15,7 +15,7 @@ from minwm.models.presets import WorldConfig
 from minwm.models.published import diffusers_config
 from minwm.models.wan import WanConfig
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 WAN = WanConfig(dim=32, layers=2, heads=2, ffn_dim=48, channels=4, text_dim=8, text_length=12)
 HUNYUAN = HunyuanConfig(

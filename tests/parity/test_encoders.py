@@ -32,7 +32,7 @@ from minwm.models.encoders import (
 )
 from minwm.models.text import Embedded
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 LOADERS = {

@@ -14,7 +14,7 @@ from minwm.models.hunyuan_vae import HunyuanVAE, load_hunyuan_vae
 from minwm.models.layout import LatentLayout
 from minwm.models.published_vaes import state_bytes
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 LATENTS, CHANNELS, WINDOW = 4, 4, 2
 FRAMES = 1 + 4 * (LATENTS - 1)

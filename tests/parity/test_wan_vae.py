@@ -15,7 +15,7 @@ from minwm.models.layout import LatentLayout
 from minwm.models.published_vaes import state_bytes
 from minwm.models.wan_vae import WanVAE, load_wan_vae
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 LATENTS = 4
 FRAMES = 1 + 4 * (LATENTS - 1)
