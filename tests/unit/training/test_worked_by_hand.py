@@ -92,7 +92,7 @@ def test_consistency(gains: Callable[[float], Backbone], batch: Batch) -> None:
     backbone = gains(0.3)
     stage = Consistency(ConsistencyConfig(window=WINDOW, intervals=2, guidance=3.0), backbone)
     for name, gain in (("teacher", 0.4), ("target", 0.6)):
-        stage.frozen[name].gain.data.fill_(gain)
+        {**stage.fixed, **stage.frozen}[name].gain.data.fill_(gain)
     index = DRAW.integer("interval", 2, (4,)).repeat_interleave(2, 1)
     levels = torch.tensor([1.0, 0.75, 0.0], dtype=torch.float64)
     sigma, following = spread(levels[index]), spread(levels[index + 1])
