@@ -19,7 +19,7 @@ Axes = tuple[int, int, int]
 def rotation(
     frames: Sequence[int], rows: int, columns: int, axes: Axes, device: torch.device, *, theta: float = 10000.0
 ) -> Tensor:
-    """The phase e^(i·angle) of every token's channel pairs: (len(frames)·rows·columns, sum(axes)/2) complex64.
+    """Cosine and sine of every token's channel pairs: (len(frames)·rows·columns, sum(axes)/2, 2) float32.
 
     frames: hashable, such as a range or a tuple
     """
@@ -31,7 +31,7 @@ def rotation(
         grid = (len(f), rows, columns)
         axis_angles = f[:, None, None], y[None, :, None], x[None, None, :]
         angles = torch.cat([axis.expand(*grid, -1) for axis in axis_angles], dim=-1).flatten(0, 2)
-        return torch.polar(torch.ones_like(angles), angles).to(device=device, dtype=torch.complex64)
+        return torch.stack([angles.cos(), angles.sin()], dim=-1).to(device=device, dtype=torch.float32)
 
 
 def _angles(positions: Sequence[int], width: int, theta: float) -> Tensor:
@@ -40,6 +40,7 @@ def _angles(positions: Sequence[int], width: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate tokens x (b, n, h, d), float32 or better, by phases (n, d/2)."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation[:, None]).flatten(-2)
+    """Rotate tokens x (b, n, h, d), float32 or better, by cosines and sines (n, d/2, 2)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = rotation[:, None].unbind(-1)  # in real numbers: compilers fuse these, and no complex ones
+    return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2)

@@ -113,8 +113,10 @@ class SelfAttention(nn.Module):
         v = self.v(x).unflatten(-1, (self.heads, -1))
         q, k = (y.unflatten(-1, (self.heads, -1)) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x))))
         by_position, by_camera = prope.attend(step.context, layer, (q, k, v), step.rotation, step.camera)
-        out: Tensor = self.o(by_position.flatten(2))
-        return out if by_camera is None else out + self.prope_o(by_camera.flatten(2))
+        if by_camera is None:
+            return self.o(by_position.flatten(2))  # type: ignore[no-any-return]
+        out = F.linear(by_position.flatten(2), self.o.weight, self.o.bias + self.prope_o.bias)
+        return out + F.linear(by_camera.flatten(2), self.prope_o.weight)
 
 
 class CrossAttention(nn.Module):
