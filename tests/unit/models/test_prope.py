@@ -143,7 +143,7 @@ def test_one_call_over_twice_the_heads_is_the_two_attentions_of_the_formula(new_
         logits = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(16)
         return torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), v)
 
-    phases = angles.to(torch.complex128)
+    phases = torch.view_as_complex(angles.double())
 
     def roped(y: Tensor) -> Tensor:
         turned = torch.view_as_complex(y.unflatten(-1, (8, 2)).contiguous()) * phases[:, None]
