@@ -16,7 +16,19 @@ from typer.core import TyperGroup
 from minwm.errors import MinwmError
 
 # Models first, then the path from data to a session; commands of other packages come after.
-_ORDER = ("models", "checkpoints", "data", "train", "trajectories", "eval", "pipelines", "serve", "play", "demo")
+_ORDER = (
+    "models",
+    "checkpoints",
+    "data",
+    "train",
+    "trajectories",
+    "eval",
+    "ablate",
+    "pipelines",
+    "serve",
+    "play",
+    "demo",
+)
 # What only some need is an extra: the module that is missing, and the extra that brings it.
 _EXTRAS = {
     "diffusers": "published",

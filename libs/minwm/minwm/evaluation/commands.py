@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minwm.errors import ConfigError
+from minwm.evaluation.ablation_commands import ablate
 from minwm.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add `eval` to the command line."""
+    """Add `eval` and `ablate` to the command line."""
     app.command(name="eval")(evaluate_world)
+    app.command(name="ablate")(ablate)
 
 
 def evaluate_world(
