@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,3 +75,15 @@ def launch() -> Callable[[Path, Path], list[dict[str, Any]]]:
         return [torch.load(folder / f"found-{rank}.pt") for rank in range(2)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def selected(request: pytest.FixtureRequest) -> Callable[[str, Sequence[str]], list[tuple[Any, ...]]]:
+    """The values of some parameters that this session runs tests of a file with, each once, in order."""
+
+    def values(file: str, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        specs = [getattr(item, "callspec", None) for item in request.session.items if str(item.path) == file]
+        params = [spec.params for spec in specs if spec is not None and names[0] in spec.params]
+        return list(dict.fromkeys(tuple(one[name] for name in names) for one in params))
+
+    return values

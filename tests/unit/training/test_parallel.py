@@ -29,7 +29,7 @@ from minwm.training.engine import Engine, EngineName, OptimizerConfig, make_engi
 from minwm.training.parallel import ParallelConfig, Processes, join, part
 from minwm.training.stage import Stage
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]  # a minute and a half: six engines in each of three processes
+pytestmark = pytest.mark.integration
 
 WINDOW = WindowConfig(frames=4)
 OPTIMIZER = OptimizerConfig(clip_norm=0.05, weight_decay=0.1)
@@ -39,6 +39,8 @@ RUNS: list[tuple[str, EngineName, int]] = [
     ("dmd", "deepspeed", 3),
 ]
 BATCH, HALF, WHOLE = 4, 2, 3  # samples a step; steps to the checkpoint, and in all
+QUICK = ("autoregressive", "deepspeed", 2)  # six engines in each of three processes take a minute and a half
+CASES = [run if run == QUICK else pytest.param(*run, marks=pytest.mark.slow) for run in RUNS]
 # In float32. A step moves weights by 1e-3, also where a gradient is as small as its own rounding (AdamW divides by it).
 TOLERANCE = {"networks": 1e-5, "frozen": 1e-5, "engines": 1e-8}
 
@@ -115,7 +117,7 @@ def main(folder: Path) -> None:
     processes = join(ParallelConfig())
     samples = pickle.loads((folder / "clips").read_bytes())
     found: dict[str, Any] = {"mean": processes.mean(float(processes.rank)), "place": (processes.rank, processes.world)}
-    for method, name, zero in RUNS:
+    for method, name, zero in pickle.loads((folder / "runs").read_bytes()):
 
         def new_engine(network: nn.Module, name: EngineName = name, zero: Any = zero) -> Engine:
             return make_engine(name, network, OPTIMIZER, ParallelConfig(zero=zero), processes)
@@ -171,13 +173,17 @@ def outcome(
     new_backbone: Callable[..., Backbone],
     new_clips: Callable[[int, int], list[Clip]],
     launch: Callable[[Path, Path], list[dict[str, Any]]],
+    selected: Callable[[str, Sequence[str]], list[tuple[Any, ...]]],
 ) -> Outcome:
+    """Of the runs that tests were selected for."""
     if find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     folder, clips = tmp_path_factory.mktemp("two"), new_clips(5, 6)
     save_backbone(folder / "backbone", new_backbone(), {})
     (folder / "clips").write_bytes(pickle.dumps(clips))
-    alone = {method: Alone(folder, clips, method) for method in ("autoregressive", "dmd")}
+    runs = selected(__file__, ("method", "name", "zero")) or RUNS
+    (folder / "runs").write_bytes(pickle.dumps(runs))
+    alone = {method: Alone(folder, clips, method) for method in dict.fromkeys(method for method, _, _ in runs)}
     return Outcome(folder, alone, launch(Path(__file__), folder))
 
 
@@ -194,7 +200,7 @@ def require_close(found: Any, expected: Any, where: tuple[str, ...] = ()) -> Non
         assert found == expected, where
 
 
-@pytest.mark.parametrize(("method", "name", "zero"), RUNS)
+@pytest.mark.parametrize(("method", "name", "zero"), CASES)
 def test_two_processes_with_accumulation_train_as_one_with_whole_batches(
     outcome: Outcome, method: str, name: str, zero: int
 ) -> None:
@@ -206,7 +212,7 @@ def test_two_processes_with_accumulation_train_as_one_with_whole_batches(
     assert max(alone.norms) > OPTIMIZER.clip_norm, "the test needs clipping"
 
 
-@pytest.mark.parametrize(("method", "name", "zero"), RUNS)
+@pytest.mark.parametrize(("method", "name", "zero"), CASES)
 def test_two_processes_go_on_from_one_process_s_checkpoint_as_it_does(
     outcome: Outcome, method: str, name: str, zero: int
 ) -> None:
@@ -214,7 +220,7 @@ def test_two_processes_go_on_from_one_process_s_checkpoint_as_it_does(
         require_close(found[f"{method}-{name}-{zero}"]["whole"], outcome.alone[method].whole)
 
 
-@pytest.mark.parametrize(("method", "name", "zero"), RUNS)
+@pytest.mark.parametrize(("method", "name", "zero"), CASES)
 def test_one_process_goes_on_from_two_processes_checkpoint_as_they_would(
     outcome: Outcome, method: str, name: str, zero: int
 ) -> None:
@@ -222,7 +228,7 @@ def test_one_process_goes_on_from_two_processes_checkpoint_as_they_would(
     require_close(outcome.alone[method].resumed(checkpoint), outcome.alone[method].whole)
 
 
-@pytest.mark.parametrize(("method", "name", "zero"), RUNS)
+@pytest.mark.parametrize(("method", "name", "zero"), CASES)
 def test_main_exports_the_trained_model_alone(outcome: Outcome, method: str, name: str, zero: int) -> None:
     exported = load_backbone(outcome.folder / f"{method}-{name}-{zero}").model.state_dict()
     half = outcome.ranks[0][f"{method}-{name}-{zero}"]["half"]
@@ -231,6 +237,7 @@ def test_main_exports_the_trained_model_alone(outcome: Outcome, method: str, nam
         assert torch.equal(exported[key], value.bfloat16().float()), key
 
 
+@pytest.mark.slow
 def test_zero_3_shares_the_weights_out(outcome: Outcome) -> None:
     whole = sum(value.numel() for value in outcome.alone["dmd"].half["networks"]["critic"].values())
     for found in outcome.ranks:

@@ -6,7 +6,7 @@ draws are keyed by sample and a sequence group has one share of the batch.
 
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from minwm.training.parallel import ParallelConfig, Processes, join
 from minwm.training.sequence import split_sequence
 from minwm.training.stage import Stage
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]  # two processes through every backbone, stage and context
+pytestmark = pytest.mark.integration
 
 WINDOW = WindowConfig(frames=4)
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -44,8 +44,10 @@ STAGES: dict[str, Callable[[Backbone, Backbone], Stage]] = {
     "consistency": lambda b, _: Consistency(ConsistencyConfig(window=WINDOW, guidance=2.0), b),
     "dmd": lambda b, score: DMD(DMDConfig(window=WINDOW, score=Path("unused"), steps=(2,), guidance=2.0), b, score),
 }
-CASES = [(backbone, stage) for backbone in BACKBONES for stage in STAGES]
+ALL = [(backbone, stage) for backbone in BACKBONES for stage in STAGES]
 """Among them every context: full, masked, cached; with and without a text stream that sees the frames."""
+QUICK = ("wan", "autoregressive"), ("wan", "dmd")
+CASES = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in ALL]
 
 
 def encode(texts: dict[int, Any], prompts: list[str]) -> Any:
@@ -80,7 +82,8 @@ def main(folder: Path) -> None:
     """What each of two processes does."""
     torch.set_num_threads(1)
     processes = join(ParallelConfig(sequence=2))
-    found: dict[str, Any] = {f"{b}-{s}": trained(folder, b, s, processes) for b, s in CASES}
+    cases = pickle.loads((folder / "cases").read_bytes())
+    found: dict[str, Any] = {f"{b}-{s}": trained(folder, b, s, processes) for b, s in cases}
     assert processes.sequence_group is not None
     model = load_backbone(folder / "wan").model
     split_sequence(model, processes.sequence_group)
@@ -99,7 +102,9 @@ def outcome(
     new_backbone: Callable[..., Backbone],
     new_text: Callable[..., Any],
     new_clips: Callable[[int, int], list[Clip]],
+    selected: Callable[[str, Sequence[str]], list[tuple[Any, ...]]],
 ) -> tuple[Path, list[dict[str, Any]]]:
+    """Of the cases that tests were selected for."""
     folder = tmp_path_factory.mktemp("sequence")
     for name, changes in BACKBONES.items():
         backbone = new_backbone(**changes)
@@ -107,6 +112,7 @@ def outcome(
         texts = {batch: new_text(backbone.config.architecture, batch) for batch in (1, 2)}
         torch.save(texts, folder / f"{name}.text")
     (folder / "clips").write_bytes(pickle.dumps(new_clips(2, 6)))
+    (folder / "cases").write_bytes(pickle.dumps(selected(__file__, ("backbone", "stage")) or list(QUICK)))
     return folder, launch(Path(__file__), folder)
 
 
