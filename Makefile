@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STUBS := session_pb2.py session_pb2.pyi session_pb2_grpc.py
 .DEFAULT_GOAL := help
-.PHONY: help setup demo eval test test-full lint format proto proto-check pipelines lock clean
+.PHONY: help setup demo play eval test test-full lint format proto proto-check pipelines lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -15,9 +15,13 @@ setup: ## make .venv, installing what it needs
 demo: setup ## the whole path: play a game, train, register, serve, stream; results in runs/demo
 	@$(VENV)/bin/minwm demo
 
+WALK ?= w*6,w+l*4,w*4,w+j*6,w*6,d*4,a*4,s*4
+play: setup ## serve the shipped model and walk through it (WALK='w*6,w+l*4'); video in runs/play
+	@$(VENV)/bin/minwm demo --world models/wan-doom/model --keys '$(WALK)' --out runs/play
+
 eval: setup ## measure the shipped model on play it has never seen; results in runs/eval/wan-doom.{json,html}
-	@$(VENV)/bin/minwm eval $(firstword $(wildcard models/wan-doom/model) models/wan-doom/base) --autoencoder models/wan-doom/autoencoder --judge models/doom-judge \
-		$(patsubst %,--teacher %,$(wildcard models/wan-doom/teacher.npz)) --full --record --data runs/eval/play --out runs/eval/wan-doom
+	@$(VENV)/bin/minwm eval models/wan-doom/model --base models/wan-doom/base --judge models/doom-judge --teacher models/wan-doom/teacher.npz \
+		--full --record --data runs/eval/play --out runs/eval/wan-doom
 
 test: setup ## the tests that fit in 10 minutes on two cores
 	@$(PYTHON) -m pytest -m "not slow" --session-timeout 600

@@ -67,8 +67,13 @@ def demo(
     recipes: RECIPES = DEMO_RECIPES,
     autoencoder: AUTOENCODER = MODELS / "autoencoder",
     base: BASE = MODELS / "base",
+    world: Annotated[Path | None, typer.Option(help="Make nothing: serve and play this world.")] = None,
+    keys: Annotated[str, typer.Option(help="With --world: what is pressed, as for `minwm play`.")] = "w*6,l*3,w*6",
 ) -> None:
     """Show the whole path: play a game, train, evaluate, register, serve, and play the result live."""
-    from minwm_pipelines.demo import run_demo
+    from minwm_pipelines.demo import play_world, run_demo
 
+    if world is not None:
+        play_world(out, world, keys)
+        return
     run_demo(out, recipes=recipes, autoencoder=autoencoder, base=base)

@@ -54,6 +54,16 @@ def run_demo(out: Path, *, recipes: Path, autoencoder: Path, base: Path) -> None
     _summarize(console, out, version, playback, seconds)
 
 
+def play_world(out: Path, world: Path, keys: str) -> None:
+    """Serve a world that is there already and play it live; video and latencies in `out`."""
+    console = Console(highlight=False, soft_wrap=True)
+    parse(keys)  # before minutes of starting
+    _start_over(out)
+    playback = _serve_and_play(world, out, {}, keys)
+    _write_session(out, playback)
+    _summarize_session(console, out, playback)
+
+
 def _start_over(out: Path) -> None:
     """Empty the folder, if it is an earlier demo's. Raises ConfigError when it is not."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).exists())):
@@ -64,8 +74,8 @@ def _start_over(out: Path) -> None:
     (out / MARKER).touch()
 
 
-def _serve_and_play(world: Path, out: Path, seconds: dict[str, float]) -> live.Playback:
-    steps = parse(TRAJECTORY)
+def _serve_and_play(world: Path, out: Path, seconds: dict[str, float], keys: str = TRAJECTORY) -> live.Playback:
+    steps = parse(keys)
     with ExitStack() as stack:
         with _timed(seconds, "Starting the service"), progress_bar("Starting the service", 1) as report:
             address = stack.enter_context(served(world, out / "service.log"))
@@ -75,10 +85,14 @@ def _serve_and_play(world: Path, out: Path, seconds: dict[str, float]) -> live.P
             return asyncio.run(live.play_trajectory(address, steps, progress=lambda done, total: report(done)))
 
 
-def _write_results(out: Path, trained: LocalRun, version: ModelVersion, playback: live.Playback) -> None:
+def _write_session(out: Path, playback: live.Playback) -> None:
     live.write_report(playback.report, out / LATENCY)
     with progress_bar("Writing the video", len(playback.played)) as report:
         live.write_video(playback, out / VIDEO, lambda done, total: report(done))
+
+
+def _write_results(out: Path, trained: LocalRun, version: ModelVersion, playback: live.Playback) -> None:
+    _write_session(out, playback)
     inputs = ReportInputs(
         title=f"{MODEL}: the demo",
         evaluation=Path(trained.outputs["evaluation"].path),
@@ -97,15 +111,19 @@ def _summarize(
     for phase in sorted(seconds, key=lambda phase: phase == "all"):
         phases.add_row(phase, f"{seconds[phase]:.1f}")
     console.print(phases)
-    metrics, session = version.metrics, playback.report
-    margin, error = metrics["control_margin"], metrics["control_margin_error"]
-    latency = session.action_to_frame_seconds
+    margin, error = (version.metrics[name] for name in ("control_margin", "control_margin_error"))
     console.print(f"Control margin: told another clip's camera path, the loss changes by {margin:+.2%} ± {error:.2%}")
+    _summarize_session(console, out, playback)
+    console.print(f"[bold green]Report[/]  {out / REPORT}")
+
+
+def _summarize_session(console: Console, out: Path, playback: live.Playback) -> None:
+    session = playback.report
+    latency = session.action_to_frame_seconds
     first, pace = session.time_to_first_frame_seconds, session.frames_per_second
     console.print(f"First frame after {first:.2f} s, then {pace:.1f} frames/s ({session.late_chunks} late chunks)")
     console.print(f"Action to frame: P50 {latency.p50:.2f} s, P95 {latency.p95:.2f} s")
     console.print(f"[bold green]Video[/]   {out / VIDEO}")
-    console.print(f"[bold green]Report[/]  {out / REPORT}")
 
 
 @contextmanager
