@@ -1,11 +1,12 @@
 """Key/value cache of a causal rollout: a ring of latent frames beside a fixed sink.
 
-Keys arrive rotated at absolute positions and in the world's frame, so nothing is touched again when
-older frames leave. Where a frame lies is a Python integer computed from its index: no shifting, no
-copies, no reading back from a device. Knows nothing about cameras, sessions or scheduling.
+Keys of the window arrive rotated at absolute positions and in the world's frame, so nothing is touched again when
+older frames leave. A sink's keys and values are also kept raw, and placed afresh for every chunk (`place_sinks`), so that
+it stays near and nothing accumulates error. Where a frame lies is a Python integer computed from its index: no shifting,
+no copies, no reading back from a device. Knows nothing about sessions or scheduling.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from minwm.errors import InputError
 from minwm.models.context import Beside, History, attention
+from minwm.models.prope import invert, transform
+from minwm.models.rope import rotate
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheGeometry:
-    """Shape of one stream's cache; `heads` counts both branches, RoPE and PRoPE.
+    """Shape of one stream's cache; `heads` counts all branches.
 
+    branches: 2 where keys are kept by position (RoPE) and by camera (PRoPE), in this order along the heads; else 1
     beside: room for a prompt's keys, in tokens, where the backbone keeps them beside the frames'
     """
 
@@ -27,6 +31,7 @@ class CacheGeometry:
     head_dim: int
     tokens_per_frame: int
     history: History
+    branches: int = 1
     beside: int = 0
 
     @property
@@ -40,8 +45,9 @@ class CacheGeometry:
         return self.history.sink + self.history.window
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Memory of one stream, keys and values."""
-        return 2 * self.layers * self.heads * self.head_dim * self.tokens * dtype.itemsize
+        """Memory of one stream: keys and values, and those of its sink once more, raw."""
+        raw = self.history.sink * self.tokens_per_frame * self.heads // self.branches
+        return 2 * self.layers * self.head_dim * (self.heads * self.tokens + raw) * dtype.itemsize
 
 
 class KVCache:
@@ -51,24 +57,98 @@ class KVCache:
         self, geometry: CacheGeometry, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.geometry = geometry
-        shape = (geometry.layers, 2, batch, geometry.heads, geometry.tokens, geometry.head_dim)
-        self._store = torch.zeros(shape, dtype=dtype, device=device)
+        g = geometry
+        self._store = torch.zeros((g.layers, 2, batch, g.heads, g.tokens, g.head_dim), dtype=dtype, device=device)
+        raw = g.history.sink * g.tokens_per_frame
+        self._raw = torch.zeros(
+            (g.layers, 2, batch, raw, g.heads // g.branches, g.head_dim), dtype=dtype, device=device
+        )
         self._lent = False
         self._beside: list[Beside | None] = [None] * geometry.layers
         self._end = 0
 
-    def context(self, start: int, frames: int) -> "Cached":
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self._beside = [None] * self.geometry.layers
+        self._lent, self._end = False, 0
+
+    def context(self, start: int, frames: int, window: int | None = None) -> "Cached":
         """The context of a pass over frames [start, start + frames), which it writes into the cache.
 
-        Passes go forward chunk by chunk: raises InputError for frames that leave a gap after the last ones written,
-        or do not fit into the window.
+        window: latent frames attended to, the pass's included; the cache's own if not given. Passes go forward chunk by
+        chunk: raises InputError for frames that leave a gap after the last ones written, or do not fit into the window.
         """
-        if not 0 <= start <= self._end or frames > self.geometry.history.window:
+        most = self.geometry.history.window
+        if not 0 <= start <= self._end or frames > most:
             raise InputError(
-                f"frames {start} to {start + frames - 1}: expected at most {self.geometry.history.window} frames "
-                f"from {self._end} or earlier"
+                f"frames {start} to {start + frames - 1}: expected at most {most} frames from {self._end} or earlier"
             )
-        return Cached(self, start, frames, self._store)
+        if window is not None and not frames <= window <= most:
+            raise InputError(f"window={window}: expected from the {frames} frames of a pass to the cache's {most}")
+        return Cached(self, start, frames, most if window is None else window, self._store)
+
+    def following(self, context: "Cached", frames: int, window: int | None = None) -> "Cached":
+        """The context of a pass over the frames after those of another one that is made first."""
+        whole = self.geometry.history.window
+        return Cached(self, context.start + context.frames, frames, whole if window is None else window, self._store)
+
+    def keep(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Keep what belongs to the sink of raw keys and values (b, frames · n, h, d) of a pass that starts at `start`."""
+        n, sink = self.geometry.tokens_per_frame, self.geometry.history.sink
+        count = min(start * n + k.shape[1], sink * n) - start * n
+        if count > 0:
+            for part, raw in enumerate((k, v)):
+                self._raw[layer, part, :, start * n : start * n + count] = raw[:, :count].detach()
+
+    @torch.no_grad()
+    def place_sinks(self, rotation: Tensor, inverse: Tensor | None) -> None:
+        """Write the sink's keys and values as seen from where the stream now is, from the raw ones.
+
+        rotation: cosines and sines of the sink's tokens at the positions they are to have
+        inverse:  P⁻¹ (b, sink, 4, 4) of the cameras they are to have, where there is a branch by camera
+        """
+        room, tokens = self.geometry.beside, self._raw.shape[3]
+        self._own()
+        for layer, (k, v) in enumerate(self._raw.float()):
+            branches = [(rotate(k, rotation), v)]
+            if self.geometry.branches > 1:
+                assert inverse is not None, "a branch by camera has cameras"
+                branches.append((transform(k, inverse), transform(v, inverse)))
+            for part, placed in enumerate(zip(*branches, strict=True)):
+                self._store[layer, part, :, :, room : room + tokens] = torch.cat(placed, dim=2).transpose(1, 2)
+
+    @torch.no_grad()
+    def move_world(self, motion: Tensor) -> None:
+        """Express what was kept by camera in a world whose origin has moved by rigid motions (b, 4, 4) in the old one.
+
+        With viewmats V·motion in the new world, P⁻¹ becomes motion⁻¹·P⁻¹; computed in float32, rounded once.
+        """
+        g = self.geometry
+        if g.branches == 1:
+            return
+        inverse = invert(motion.double()).float()
+        self._own()
+        stored = self._store[:, :, :, g.heads // 2 :, g.beside :]
+        for layer in stored:
+            for part in layer:
+                part.copy_(transform(part.transpose(1, 2), inverse[:, None]).transpose(1, 2))
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it holds of the frames, to be copied before the next pass; a prompt's keys are not among it."""
+        return {"store": self._store, "raw": self._raw, "end": torch.tensor(self._end)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`, of a cache of the same geometry, batch and dtype."""
+        for own, name in ((self._store, "store"), (self._raw, "raw")):
+            if own.shape != state[name].shape or own.dtype != state[name].dtype:
+                raise InputError(
+                    f"cache {name}: is {state[name].dtype} of shape {tuple(state[name].shape)}, "
+                    f"expected {own.dtype} of {tuple(own.shape)}"
+                )
+        self.reset()
+        self._store.copy_(state["store"])
+        self._raw.copy_(state["raw"])
+        self._end = int(state["end"])
 
     def update(
         self,
@@ -78,6 +158,7 @@ class KVCache:
         kv: Tensor,
         beside: Beside | None = None,
         *,
+        window: int | None = None,
         gradient: bool = False,
         past: Tensor | None = None,
     ) -> Tensor:
@@ -99,12 +180,12 @@ class KVCache:
             stored = (self._store if past is None else past)[layer].clone()
             self._lent = True
         else:
-            if self._lent and start + frames > self.geometry.frames:
-                self._store, self._lent = self._store.clone(), False
+            if start + frames > self.geometry.frames:
+                self._own()
             stored = self._store[layer]
         self._end = max(self._end, start + frames)
         kv = kv.to(stored.dtype)
-        for first, count, slot in self._runs(start, frames):
+        for first, count, slot in self._runs(range(start, start + frames)):
             stored[..., room + slot * n : room + (slot + count) * n, :] = kv[..., first * n : (first + count) * n, :]
         length = 0
         if beside is not None:
@@ -113,8 +194,23 @@ class KVCache:
                 stored[..., room - length : room, :] = self._laid_out(beside)
                 if not grad:
                     self._beside[layer] = beside
-        used = min(start + frames, self.geometry.frames)
-        return stored[..., room - length : room + used * n, :]
+        return self._seen(stored, start + frames, length, window)
+
+    def _seen(self, stored: Tensor, end: int, length: int, window: int | None) -> Tensor:
+        """Of one layer: what is beside the frames, the sink and the last frames before `end`."""
+        g = self.geometry
+        n, room, sink = g.tokens_per_frame, g.beside, g.history.sink
+        if window is None or window == g.history.window or end <= sink + window:
+            return stored[..., room - length : room + min(end, g.frames) * n, :]
+        pieces = [stored[..., room - length : room + sink * n, :]]
+        for _, count, slot in self._runs(range(max(sink, end - window), end)):
+            pieces.append(stored[..., room + slot * n : room + (slot + count) * n, :])
+        return torch.cat(pieces, dim=-2)
+
+    def _own(self) -> None:
+        """Before stored entries are changed: passes that are to be made again keep the old ones."""
+        if self._lent:
+            self._store, self._lent = self._store.clone(), False
 
     def _laid_out(self, beside: Beside) -> Tensor:
         """(2, b, h, l, d)."""
@@ -124,11 +220,11 @@ class KVCache:
             )
         return torch.stack(beside.repeated(self.geometry.heads)).transpose(2, 3).to(self._store.dtype)
 
-    def _runs(self, start: int, frames: int) -> list[tuple[int, int, int]]:
-        """(offset in the pass, frames, slot) of every contiguous piece that the frames occupy."""
+    def _runs(self, frames: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(offset among the frames, count, slot) of every contiguous piece that the frames occupy."""
         runs: list[tuple[int, int, int]] = []
-        for offset in range(frames):
-            slot = self._slot(start + offset)
+        for offset, frame in enumerate(frames):
+            slot = self._slot(frame)
             if runs and runs[-1][2] + runs[-1][1] == slot:
                 first, count, place = runs[-1]
                 runs[-1] = (first, count + 1, place)
@@ -143,7 +239,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Cached:
-    """A pass over frames [start, start + frames) that sees the cache's past and itself.
+    """A pass over frames [start, start + frames) that sees the cache's past, as far as `window` reaches, and itself.
 
     past: what the cache stored when the pass was made, for when it is made again to compute its gradient
     """
@@ -151,6 +247,7 @@ class Cached:
     cache: KVCache
     start: int
     frames: int
+    window: int | None = None
     past: Tensor | None = None
     bidirectional = False
 
@@ -158,9 +255,26 @@ class Cached:
     def positions(self) -> Sequence[int]:
         return range(self.start, self.start + self.frames)
 
+    @property
+    def streams(self) -> Sequence[Sequence[int]]:
+        return (self.positions,)
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if self.start < self.cache.geometry.history.sink:
+            self.cache.keep(layer, self.start, k, v)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
         kv = torch.stack([k, v]).transpose(2, 3)
-        stored = self.cache.update(layer, self.start, self.frames, kv, beside, gradient=q.requires_grad, past=self.past)
+        stored = self.cache.update(
+            layer,
+            self.start,
+            self.frames,
+            kv,
+            beside,
+            window=self.window,
+            gradient=q.requires_grad,
+            past=self.past,
+        )
         seen = stored.to(q.dtype)
         keys, values = seen.transpose(2, 3).unbind(0)
         mask = None if beside is None else beside.key_mask(keys.shape[1] - beside.keys.shape[1])

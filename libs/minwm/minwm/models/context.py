@@ -5,6 +5,7 @@ by the context it is given. `History` holds the one rule of visibility; masks an
 Queries, keys and values are (b, n, h, d) with n = frames · tokens per frame.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,14 +25,20 @@ class History:
 
     chunk:  latent frames generated together
     window: latent frames attended to, the current chunk included
-    sink:   first latent frames that stay visible beside the window
+    sink:   first latent frames that stay visible beside the window. In a rollout that has left them behind they stand
+            at the positions just before the window, however long ago they were
+    sink_reach: world units that a sink's camera may be from the chunk's; a farther one is seen at that distance, in the
+            same direction, looking the same way. None: where it was
     """
 
     chunk: int
     window: int
     sink: int = 0
+    sink_reach: float | None = None
 
     def __post_init__(self) -> None:
+        if self.sink_reach is not None and not 0 < self.sink_reach < math.inf:
+            raise ConfigError(f"history.sink_reach={self.sink_reach}: expected a distance above 0")
         if self.chunk < 1 or self.window < self.chunk or self.sink < 0:
             raise ConfigError(
                 f"history: chunk={self.chunk}, window={self.window}, sink={self.sink}: "
@@ -86,11 +93,18 @@ class Context(Protocol):
         """Absolute index of each latent frame of the pass."""
 
     @property
+    def streams(self) -> Sequence[Sequence[int]]:
+        """The same of every stream, where streams stand at different places; else once, for all."""
+
+    @property
     def bidirectional(self) -> bool:
         """Whether every frame sees every frame, so that a text stream may see them too."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
         """Attention of one layer, (b, n, h, d)."""
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Take note of keys (normalised) and values (b, n, h, d) before they are placed; `attend` follows."""
 
 
 class Bidirectional(Context, Protocol):
@@ -110,6 +124,13 @@ class Full:
     @property
     def positions(self) -> Sequence[int]:
         return range(self.frames)
+
+    @property
+    def streams(self) -> Sequence[Sequence[int]]:
+        return (self.positions,)
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        pass
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
         if beside is None:
@@ -132,6 +153,13 @@ class Masked:
     positions: Sequence[int]
     mask: Tensor
     bidirectional = False
+
+    @property
+    def streams(self) -> Sequence[Sequence[int]]:
+        return (self.positions,)
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        pass
 
     @cached_property
     def groups(self) -> list[tuple[int, list[int]]]:

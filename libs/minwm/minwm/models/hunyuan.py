@@ -36,7 +36,7 @@ from minwm.models.hunyuan_text import (
     checked,
 )
 from minwm.models.layers import RMSNorm, dtype_of
-from minwm.models.rope import Axes, rotate, rotation
+from minwm.models.rope import Axes, rotate, rotations
 from minwm.models.transformer import Transformer, require_batch
 
 
@@ -94,10 +94,11 @@ class HunyuanConfig:
 
     def cache_geometry(self, rows: int, columns: int, history: History) -> CacheGeometry:
         """What a stream of latents of rows × columns keeps."""
-        two_branches = "camera_prope" in self.conditions and self.prope_history == "exact"
+        branches = 2 if "camera_prope" in self.conditions and self.prope_history == "exact" else 1
         return CacheGeometry(
             layers=self.layers,
-            heads=self.heads * (2 if two_branches else 1),
+            heads=self.heads * branches,
+            branches=branches,
             head_dim=self.head_dim,
             tokens_per_frame=rows * columns,
             history=history,
@@ -343,7 +344,7 @@ class Hunyuan(Transformer):
         by_camera = "camera_prope" in config.conditions
         step = _Step(
             context=context,
-            rotation=rotation(context.positions, rows, columns, config.axes, latents.device, theta=config.theta),
+            rotation=self.rotation(context.streams, rows, columns, latents.device),
             camera=frames.cameras(conditions).projection if by_camera else None,
             past_by_position=config.prope_history == "compat",
         )
@@ -356,6 +357,10 @@ class Hunyuan(Transformer):
         else:
             x = self._run_causal(x, vector, prompt, step, steering)
         return self.final_layer(x, vector).mT.unflatten(-1, (rows, columns))  # type: ignore[no-any-return]
+
+    def rotation(self, streams: Sequence[Sequence[int]], rows: int, columns: int, device: torch.device) -> Tensor:
+        """See Transformer."""
+        return rotations(streams, rows, columns, self.config.axes, device, theta=self.config.theta)
 
     def _run_causal(self, x: Tensor, vector: Tensor, prompt: HunyuanPrompt, step: _Step, steering: Steering) -> Tensor:
         if prompt.layers is None:

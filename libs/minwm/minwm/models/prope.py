@@ -131,6 +131,7 @@ def attend(
         projected), and the cache keeps half as much: how minWM's HunyuanVideo rolls out
     """
     q, k, v = qkv
+    context.keep(layer, k, v)
     placed_q, placed_k = rotate(q, rotation), rotate(k, rotation)
     if camera is None:
         return context.attend(layer, placed_q.to(v.dtype), placed_k.to(v.dtype), v, beside), None

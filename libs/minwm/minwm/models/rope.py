@@ -34,13 +34,27 @@ def rotation(
         return torch.stack([angles.cos(), angles.sin()], dim=-1).to(device=device, dtype=torch.float32)
 
 
+def rotations(
+    streams: Sequence[Sequence[int]],
+    rows: int,
+    columns: int,
+    axes: Axes,
+    device: torch.device,
+    *,
+    theta: float = 10000.0,
+) -> Tensor:
+    """`rotation` of one stream for all, or of every stream: (b, n, sum(axes)/2, 2)."""
+    each = [rotation(frames, rows, columns, axes, device, theta=theta) for frames in streams]
+    return each[0] if len(each) == 1 else torch.stack(each)
+
+
 def _angles(positions: Sequence[int], width: int, theta: float) -> Tensor:
     exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
     return torch.tensor(list(positions), dtype=torch.float64)[:, None] * theta**-exponent
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate tokens x (b, n, h, d), float32 or better, by cosines and sines (n, d/2, 2)."""
+    """Rotate tokens x (b, n, h, d), float32 or better, by cosines and sines (n, d/2, 2) or (b, n, d/2, 2)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = rotation[:, None].unbind(-1)  # in real numbers: compilers fuse these, and no complex ones
+    cosine, sine = rotation[..., None, :, :].unbind(-1)  # in real numbers: compilers fuse these, and no complex ones
     return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2)

@@ -5,7 +5,7 @@ A backbone is one file that subclasses `Transformer`: names of modules are its o
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, TypeVar, cast
 
 import torch
@@ -85,6 +85,10 @@ class Transformer(nn.Module):
         conditions: Conditions | None = None,
     ) -> Tensor:
         """Velocity (b, f, c, y, x) of latents (b, f, c, y, x) at timesteps (b, f) in [0, 1000]."""
+
+    @abstractmethod
+    def rotation(self, streams: Sequence[Sequence[int]], rows: int, columns: int, device: torch.device) -> Tensor:
+        """Rotary phases of tokens of these frames: of all streams (n, d/2, 2), or of each (b, n, d/2, 2)."""
 
     def run(self, block: Callable[..., T], *inputs: Any) -> T:
         """A block's output, made again in the backward pass where `checkpoint_activations` asks for it."""

@@ -5,6 +5,7 @@ Latents (b, f, c, y, x) and one timestep per latent frame go in, the flow veloci
 names are those of the official checkpoints. Facts: Wan technical report (arXiv 2503.20314).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -25,7 +26,7 @@ from minwm.models.conditions import (
 )
 from minwm.models.context import Context, History, attention
 from minwm.models.layers import RMSNorm, patchify, sinusoid, unpatchify
-from minwm.models.rope import Axes, rotation
+from minwm.models.rope import Axes, rotations
 from minwm.models.text import BYTE_VOCABULARY, Embedded
 from minwm.models.transformer import Transformer, require_batch, require_length
 
@@ -66,9 +67,11 @@ class WanConfig:
 
     def cache_geometry(self, rows: int, columns: int, history: History) -> CacheGeometry:
         """What a stream of latents of rows × columns keeps."""
+        branches = 2 if "camera_prope" in self.conditions else 1
         return CacheGeometry(
             layers=self.layers,
-            heads=self.heads * (2 if "camera_prope" in self.conditions else 1),
+            heads=self.heads * branches,
+            branches=branches,
             head_dim=self.head_dim,
             tokens_per_frame=(rows // self.patch[0]) * (columns // self.patch[1]),
             history=history,
@@ -244,7 +247,7 @@ class Wan(Transformer):
         by_camera = "camera_prope" in config.conditions
         step = _Step(
             context=context,
-            rotation=rotation(context.positions, rows, columns, config.axes, latents.device),
+            rotation=self.rotation(context.streams, rows, columns, latents.device),
             camera=frames.cameras(conditions).projection if by_camera else None,
         )
         steering = self.conditions.steer(conditions, frames)
@@ -254,6 +257,10 @@ class Wan(Transformer):
         for layer, (block, text) in enumerate(zip(self.blocks, prompt.layers, strict=True)):
             x = steering.after_block(layer, self.run(block, x, e0, text, layer, step))
         return unpatchify(self.head(x, e), config.patch, rows, columns)
+
+    def rotation(self, streams: Sequence[Sequence[int]], rows: int, columns: int, device: torch.device) -> Tensor:
+        """See Transformer."""
+        return rotations(streams, rows, columns, self.config.axes, device)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -73,8 +73,15 @@ class PartOfFrames:
         return positions[_own(len(positions), self.group)]
 
     @property
+    def streams(self) -> Sequence[Sequence[int]]:
+        return (self.positions,)
+
+    @property
     def bidirectional(self) -> bool:
         return self.whole.bidirectional
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        pass
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, beside: Beside | None = None) -> Tensor:
         heads = q.shape[2]
