@@ -250,7 +250,7 @@ def test_the_declared_bytes_are_those_allocated() -> None:
     history = History(chunk=2, window=5, sink=1)
     geometry = CacheGeometry(layers=3, heads=4, head_dim=8, tokens_per_frame=6, history=history)
     cache = KVCache(geometry, 1, torch.bfloat16)
-    # keys and values of 1 + 5 frames of 6 tokens, and of 1 once more, raw; 4 heads of 8 channels, 3 layers, 2 bytes each
+    # keys and values of 1 + 5 frames of 6 tokens, and of 1 once more, raw; 4 heads of 8, 3 layers, 2 bytes each
     assert geometry.bytes(torch.bfloat16) == 2 * (6 + 1) * 6 * 4 * 8 * 3 * 2
     assert cache._store.untyped_storage().nbytes() == geometry.bytes(torch.bfloat16)
 

@@ -1,7 +1,7 @@
-"""Rollouts without end: sinks placed afresh, moved worlds and passes made as one, against an engine that keeps everything.
+"""Rollouts without end, sinks placed afresh, moved worlds, passes made as one: against an engine that keeps everything.
 
-The slow engine stores the raw keys and values of every frame there ever was, and for each pass places those that the rule
-names: the window's where they were made, a sink's at its stated position and camera.
+The slow engine stores the raw keys and values of every frame there ever was, and for each pass places those that the
+rule names: the window's where they were made, a sink's at its stated position and camera.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from minwm.errors import ConfigError, InputError
 from minwm.models.backbones import Backbone
-from minwm.models.combined import InTurn, Together, join_conditions, join_prompts, together
+from minwm.models.combined import Together, join_conditions, join_prompts, together
 from minwm.models.conditions import Conditions
 from minwm.models.context import Beside, History
-from minwm.models.prope import Cameras, invert, transform
+from minwm.models.prope import invert, transform
 from minwm.models.rollout import ChunkRollout, within_reach
 from minwm.models.rope import rotate
 
@@ -226,7 +226,7 @@ def test_a_window_that_is_none_is_refused(new_stream: Callable[..., Stream]) -> 
 def test_streams_at_different_places_advance_in_one_pass_as_each_would_alone(
     new_stream: Callable[..., Stream],
 ) -> None:
-    """Three worlds, with poses, prompts and frame counters of their own; every one past a different part of its window."""
+    """Three worlds with poses, prompts and frame counters of their own, of different age."""
     history = History(chunk=2, window=6, sink=1)
     streams = [new_stream(history, 20, seed) for seed in range(3)]
     for ahead, stream in enumerate(streams):

@@ -1,9 +1,9 @@
 """Key/value cache of a causal rollout: a ring of latent frames beside a fixed sink.
 
 Keys of the window arrive rotated at absolute positions and in the world's frame, so nothing is touched again when
-older frames leave. A sink's keys and values are also kept raw, and placed afresh for every chunk (`place_sinks`), so that
-it stays near and nothing accumulates error. Where a frame lies is a Python integer computed from its index: no shifting,
-no copies, no reading back from a device. Knows nothing about sessions or scheduling.
+older frames leave. A sink's keys and values are also kept raw, and placed afresh for every chunk (`place_sinks`), so
+that it stays near and nothing accumulates error. Where a frame lies is a Python integer computed from its index: no
+shifting, no copies, no reading back from a device. Knows nothing about sessions or scheduling.
 """
 
 from collections.abc import Mapping, Sequence
@@ -93,7 +93,7 @@ class KVCache:
         return Cached(self, context.start + context.frames, frames, whole if window is None else window, self._store)
 
     def keep(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
-        """Keep what belongs to the sink of raw keys and values (b, frames · n, h, d) of a pass that starts at `start`."""
+        """Keep the sink's part of raw keys and values (b, frames · n, h, d) of a pass that starts at `start`."""
         n, sink = self.geometry.tokens_per_frame, self.geometry.history.sink
         count = min(start * n + k.shape[1], sink * n) - start * n
         if count > 0:

@@ -5,7 +5,7 @@ after each other, where the later ones see what the earlier ones write; the last
 chunk's first step are so made in one pass, exactly.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from itertools import chain
@@ -85,7 +85,7 @@ class InTurn:
     def _parts(self, x: Tensor) -> Sequence[Tensor]:
         """Of tokens (b, n, h, d), those of every pass."""
         tokens = x.shape[1] // len(self.positions)
-        return x.split([tokens * len(context.positions) for context in self.contexts], dim=1)
+        return torch.split(x, [tokens * len(context.positions) for context in self.contexts], dim=1)
 
 
 def together(contexts: Sequence[Context]) -> Context:
@@ -117,7 +117,7 @@ def join_conditions(parts: Sequence[Conditions], dim: int = 0) -> Conditions:
 
 def join_prompts(prompts: Sequence[P]) -> P:
     """One prompt of several streams."""
-    return prompts[0] if len(prompts) == 1 else cast(P, _joined(prompts, torch.cat))
+    return prompts[0] if len(prompts) == 1 else cast(P, _joined(prompts))
 
 
 def _stream(beside: Beside, number: int) -> Beside:
@@ -126,13 +126,14 @@ def _stream(beside: Beside, number: int) -> Beside:
     return Beside(beside.keys[row], beside.values[row], mask)
 
 
-def _joined(parts: Sequence[Any], join: Callable[[Sequence[Tensor]], Tensor]) -> Any:
-    """Equal trees of dataclasses, tuples and tensors as one, tensor by tensor."""
+def _joined(parts: Sequence[Any]) -> Any:
+    """Equal trees of dataclasses, tuples and tensors as one, stream after stream."""
     first = parts[0]
     if isinstance(first, Tensor):
-        return join(parts)
-    if is_dataclass(first):
-        return type(first)(**{f.name: _joined([getattr(part, f.name) for part in parts], join) for f in fields(first)})
+        return torch.cat(tuple(parts))
     if isinstance(first, tuple):
-        return tuple(_joined(members, join) for members in zip(*parts, strict=True))
+        return tuple(_joined(members) for members in zip(*parts, strict=True))
+    if is_dataclass(first) and not isinstance(first, type):
+        members = {field.name: [getattr(part, field.name) for part in parts] for field in fields(first)}
+        return type(first)(**{name: _joined(values) for name, values in members.items()})
     return first

@@ -119,7 +119,7 @@ class ChunkRollout:
             self.sinks = Cameras(viewmats, self.sinks.intrinsics, self.sinks.motions)
 
     def _place_sinks(self, now: Cameras | None) -> None:
-        """For the chunk that comes: just before the window where they are behind it, and no farther than they may be."""
+        """For the next chunk: just before the window where they are behind it, no farther than they may be."""
         history = self._history
         before = self.frames + history.chunk - history.window - history.sink
         positions = tuple(max(frame, before + frame) for frame in range(history.sink))
