@@ -22,7 +22,7 @@ from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 from minwm.client.v1 import session_pb2 as pb
 from minwm.errors import ConfigError, SessionError
 from minwm.models.worlds import load_world
-from minwm.streaming.engine import StreamingEngine
+from minwm.streaming import StreamingEngine
 from minwm_session.errors import to_status
 from minwm_session.host import SessionHost
 from minwm_session.interact import interact

@@ -12,8 +12,9 @@ from typing import TypeVar
 from prometheus_client import CollectorRegistry
 
 from minwm.client.v1 import session_pb2 as pb
+from minwm.errors import SessionError
 from minwm.geometry.live import CameraVelocity
-from minwm.streaming.engine import Session, StreamingEngine, StreamSpec
+from minwm.streaming import Chunk, Session, StreamingEngine, StreamSpec, Turn
 from minwm_session.errors import NoFreeSlotError
 from minwm_session.metrics import Metrics
 from minwm_session.opening import Opening
@@ -69,11 +70,18 @@ class SessionHost:
         """Free the session's slot as soon as the engine's thread is through with what it is doing."""
         self._executor.submit(self._close, session).add_done_callback(_log_failure)
 
+    def advance(self, session: Session, velocity: CameraVelocity) -> Chunk:
+        """The session's next chunk, on the engine's thread. Raises SessionError."""
+        (result,) = self.engine.advance([Turn(session, velocity)])
+        if isinstance(result, SessionError):
+            raise result
+        return result
+
     def warm_up(self) -> None:
         """Generate and drop one chunk, so that the first client does not pay for what is lazy."""
         session = self.engine.open(seed=0)
-        self.engine.advance(session, CameraVelocity())
-        self.engine.settle(session)
+        self.advance(session, CameraVelocity())
+        self.engine.settle([session])
         self.engine.close(session)
 
     def _open(self, opening: Opening) -> Session:

@@ -15,7 +15,7 @@ from functools import partial
 from google.protobuf.duration_pb2 import Duration
 
 from minwm.client.v1 import session_pb2 as pb
-from minwm.streaming.engine import Chunk, Session
+from minwm.streaming import Chunk, Session
 from minwm_session.controls import Controls
 from minwm_session.encoding import make_encoder
 from minwm_session.errors import OpenTimeoutError, ProtocolError
@@ -150,7 +150,7 @@ class _Interaction:
         """On the engine's thread: one chunk with the controls of this moment, encoded."""
         begun_at = time.monotonic()
         controls = self._controls.current
-        chunk = self._host.engine.advance(self._session, controls.velocity)
+        chunk = self._host.advance(self._session, controls.velocity)
         advanced_at = time.monotonic()
         pieces = self._encoder.encode(chunk.frames)
         return _Made(
@@ -192,7 +192,7 @@ class _Interaction:
 
         def settle() -> float:
             begun_at = time.monotonic()
-            self._host.engine.settle(self._session)
+            self._host.engine.settle([self._session])
             return time.monotonic() - begun_at
 
         self._host.metrics.chunk_duration.labels("context").observe(await self._host.run(settle))

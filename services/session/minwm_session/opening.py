@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from minwm.client.v1 import session_pb2 as pb
-from minwm.streaming.engine import StreamSpec
+from minwm.streaming import StreamSpec
 from minwm_session.encoding import choose_encoding
 from minwm_session.errors import ProtocolError, UnknownModelError
 

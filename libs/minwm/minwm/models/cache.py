@@ -72,6 +72,10 @@ class KVCache:
         self._beside = [None] * self.geometry.layers
         self._lent, self._end = False, 0
 
+    def skip_to(self, frame: int) -> None:
+        """Go on at a later frame, with nothing in between: a pass must not reach there."""
+        self._end = max(self._end, frame)
+
     def context(self, start: int, frames: int, window: int | None = None) -> "Cached":
         """The context of a pass over frames [start, start + frames), which it writes into the cache.
 

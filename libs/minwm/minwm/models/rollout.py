@@ -88,18 +88,16 @@ class ChunkRollout:
             self._place_sinks(conditions.cameras)
         return self.cache.context(self.frames, chunk, window)
 
-    def context_of_both(self, last: Conditions, window: int | None = None) -> InTurn:
+    def context_of_both(self, last: Conditions, last_window: int | None = None, window: int | None = None) -> InTurn:
         """Of one pass over the last chunk, clean and not yet committed, and the chunk after it.
 
-        last: what steers the last chunk. Raises InputError where there is a sink behind the window: it is placed afresh
-        between the two, which therefore are two passes
+        last: what steers the last chunk; each of the two attends to its own window. Raises InputError where there is a
+        sink behind the window: it is placed afresh between the two, which therefore are two passes
         """
         history, end = self._history, self.frames + 2 * self._history.chunk
         if history.sink and (end > history.sink + history.window or history.sink_reach is not None):
-            raise InputError(
-                f"sink={history.sink}: expected none, or chunks inside the first window, to make two in one pass"
-            )
-        first = self.context(last)
+            raise InputError(f"sink={history.sink}: expected none, or chunks inside the first window, for one pass")
+        first = self.context(last, last_window)
         return InTurn([first, self.cache.following(first, history.chunk, window)])
 
     def committed(self, conditions: Conditions) -> None:
@@ -110,6 +108,24 @@ class ChunkRollout:
             old = self.sinks
             self.sinks = new if old is None else _joined(old, new)
         self.frames += chunk
+
+    @torch.no_grad()
+    def rebuild(self, chunks: Sequence[tuple[int, Tensor, Conditions]], prompt: Prompt) -> None:
+        """Write the context anew from clean chunks (first frame, latents, conditions), in order, under a prompt.
+
+        They are the sink's and the last ones, of which each sees those that are given before it.
+        """
+        beginning, end, sinks = self.frames, self.frames, self.sinks
+        self.cache.reset()
+        for start, latents, conditions in chunks:
+            if start != end:
+                beginning, end = start, start
+                self.cache.skip_to(start)
+            self.frames, end = start, start + latents.shape[1]
+            context = self.context(conditions, min(end - beginning, self._history.window))
+            timesteps = torch.zeros(latents.shape[:2], device=latents.device)
+            self._model(latents, timesteps, prompt, context, conditions)
+        self.frames, self.sinks, self._placed = end, sinks, 0
 
     def move_world(self, motion: Tensor) -> None:
         """Move the world's origin by rigid motions (b, 4, 4): from now on cameras V are given as V·motion."""

@@ -1,6 +1,7 @@
 """Sessions on top of the cached chunk rollout. Imports nothing of training."""
 
 from minwm.models.worlds import World, load_world
-from minwm.streaming.engine import Chunk, Session, StreamingEngine, StreamSpec
+from minwm.streaming.engine import Chunk, StreamingEngine, StreamSpec
+from minwm.streaming.session import Fidelity, Session, Turn
 
-__all__ = ["Chunk", "Session", "StreamSpec", "StreamingEngine", "World", "load_world"]
+__all__ = ["Chunk", "Fidelity", "Session", "StreamSpec", "StreamingEngine", "Turn", "World", "load_world"]
