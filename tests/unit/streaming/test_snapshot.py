@@ -150,7 +150,7 @@ def test_a_snapshot_of_other_weights_is_foreign(
     snapshot = take(engine, engine.open(seed=5))
     save_backbone(tmp_path / "other", new_backbone(seed=9), {})
     (tiny_world / "backbone/model.safetensors").write_bytes((tmp_path / "other/model.safetensors").read_bytes())
-    with pytest.raises(SessionError, match="is of model tiny .*, expected tiny"):
+    with pytest.raises(SessionError, match=r"is of model tiny .*, expected tiny"):
         restore(StreamingEngine(load_world(tiny_world), slots=1), snapshot)
 
 
