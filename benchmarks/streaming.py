@@ -200,7 +200,7 @@ def random_world(config: WorldConfig, size: str, decoder: Decoder, device: Devic
 def random_autoencoder(architecture: WanConfig, decoder: Decoder) -> VideoAutoencoder:
     """The one that a preset streams through."""
     if architecture.byte_text:
-        return Autoencoder(AutoencoderConfig())
+        return Autoencoder(AutoencoderConfig(latent_channels=architecture.channels))
     if decoder is Decoder.tiny:
         return TinyDecoder(DecoderConfig(layout=LatentLayout(channels=architecture.channels, pixels=8, leading=True)))
     from diffusers import AutoencoderKLWan

@@ -51,13 +51,13 @@ _SPEED: Mapping[str, Callable[[Figures], str]] = {
 _CHUNK: Mapping[str, Callable[[Figures], str]] = {
     **{part: _formatted("{:,.1f}", f"{part}_ms") for part in ("chunk", *PARTS)},
     "passes\n/ limit": _formatted("{:.2f}", "denoiser_over_limit"),
-    "baseline\n/ passes": _formatted("{:.2f}", "baseline_over_denoiser"),
+    "loop /\npasses": _formatted("{:.2f}", "baseline_over_denoiser"),
     "limit\n/ chunk": _formatted("{:.0%}", "matmul_share"),
 }
 
 
 def _table(title: str, rows: Sequence[Figures], columns: Mapping[str, Callable[[Figures], str]]) -> Table:
-    table = Table("size", "steps:\nwindow", "×", *columns, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table("size", "steps:\nwindow", "×", *columns, title=title, box=box.SIMPLE_HEAD, padding=0)
     for one in rows:
         shape = f"{one['height']}x{one['width']}", f"{one['steps']}:{one['window']}", str(one["sessions"])
         table.add_row(*shape, *(text(one) for text in columns.values()))
