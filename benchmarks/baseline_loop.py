@@ -4,8 +4,8 @@
 attention by position and by camera as two calls with a cache each, shifted when it is full, its ends read back from
 the device; rotations in complex128, and projections for every token, made anew in every layer; a full forward for each
 denoising step and one for the clean context. Its frames are decoded when the clip is complete: `decode_clip`.
-`without_cache` computes every frame of the window again in every pass. Of what minWM does, two things that cost little
-are left out: the prompt's embedding, repeated in every forward without use, and x0 in float64.
+Left out, in its favour: the prompt's embedding, repeated in every forward without use; x0 in float64; its slower norms.
+`without_cache` computes every frame of the window again in every pass.
 """
 
 from collections.abc import Callable, Sequence

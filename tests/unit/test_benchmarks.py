@@ -52,12 +52,18 @@ def training(models: ModuleType) -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def streaming(models: ModuleType) -> Iterator[ModuleType]:
-    loops, report = script("baseline_loop"), script("streaming_report")
-    next(loops), next(report)
+def baseline_loop() -> Iterator[ModuleType]:
+    yield from script("baseline_loop")
+
+
+@pytest.fixture(scope="module")
+def streaming_report() -> Iterator[ModuleType]:
+    yield from script("streaming_report")
+
+
+@pytest.fixture(scope="module")
+def streaming(models: ModuleType, baseline_loop: ModuleType, streaming_report: ModuleType) -> Iterator[ModuleType]:
     yield from script("streaming")
-    for others in (loops, report):
-        others.close()
 
 
 def run(benchmark: ModuleType, folder: Path, *arguments: str) -> dict[str, Any]:
@@ -188,7 +194,7 @@ def test_the_limit_of_a_chunk_is_the_arithmetic_of_its_passes_and_of_its_decodin
 ) -> None:
     config = new_backbone(History(chunk=2, window=4)).config
     world = streaming.random_world(config, "32x48", streaming.Decoder.tiny, streaming.Device.cpu, torch.float32)
-    work = streaming.Workload(world, streaming.Fidelity(2, 4), 3, streaming.Device.cpu)
+    work = streaming.Workload(world, streaming.Fidelity(steps=2, window=4), 3, streaming.Device.cpu)
 
     def flops(run: Callable[[], object]) -> int:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows no CPU kernel
@@ -208,13 +214,12 @@ def test_what_does_not_fit_is_skipped_and_what_is_not_understood_is_refused(
     streaming: ModuleType, models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "MEMORY_SHARE", 1e-6)
-    (row,) = run(streaming, tmp_path, "--size", "16x32", "--sessions", "1", "--fidelity", "1:2", "--length", "0")[
-        "figures"
-    ]
-    assert row["skipped"].startswith("takes ")
+    report = run(streaming, tmp_path, "--size", "16x32", "--sessions", "1", "--fidelity", "1:2", "--length", "8")
+    (row,) = report["figures"]
+    assert row["skipped"].startswith("takes ") and report["length"] == []
     for text in ("4", "4x16", ":16", "-4:16"):
         with pytest.raises(typer.BadParameter, match="expected STEPS:WINDOW, as 4:16"):
-            streaming.Fidelity.parse(text)
+            streaming.parse_fidelity(text)
     with pytest.raises(ConfigError, match="expected a Wan"):
         streaming.world_config("hunyuanvideo-1.5-8b", None, None)
     with pytest.raises(typer.BadParameter, match="expected HEIGHTxWIDTH"):
