@@ -4,10 +4,10 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STUBS := session_pb2.py session_pb2.pyi session_pb2_grpc.py
 .DEFAULT_GOAL := help
-.PHONY: help setup demo play eval test test-full lint format proto proto-check pipelines lock clean
+.PHONY: help setup demo play eval bench-streaming test test-full lint format proto proto-check pipelines lock clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
 
 setup: ## make .venv, installing what it needs
 	@tools/setup.sh
@@ -22,6 +22,9 @@ play: setup ## serve the shipped model and walk through it (WALK='w*6,w+l*4'); v
 eval: setup ## measure the shipped model on play it has never seen; results in runs/eval/wan-doom.{json,html}
 	@$(VENV)/bin/minwm eval models/wan-doom/model --base models/wan-doom/base --judge models/doom-judge --teacher models/wan-doom/teacher.npz \
 		--full --record --data runs/eval/play --out runs/eval/wan-doom
+
+bench-streaming: setup ## how fast sessions stream here, beside the limit; runs/bench/streaming.json, plots in docs/assets
+	@$(PYTHON) benchmarks/streaming.py --out runs/bench/streaming.json --plots docs/assets
 
 test: setup ## the tests that fit in 10 minutes on two cores
 	@$(PYTHON) -m pytest -m "not slow" --session-timeout 600

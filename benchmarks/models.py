@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ from minwm.models.wan import WanConfig
 
 MEMORY_SHARE = 0.7  # of the machine's, for weights and cache; the rest is for activations
 PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+CONVOLUTIONS = {F.conv2d, F.conv3d}
 
 Run = Callable[[], object]
 
@@ -97,17 +98,24 @@ def main(
             except torch.OutOfMemoryError as error:
                 figures.append({"preset": name, "skipped": str(error).partition("\n")[0]})
     report = {"machine": machine(device), "dtype": dtype.value, "repeats": repeats, "matrix_peak": peak}
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**report, "figures": figures}, indent=1) + "\n")
+    write(out, {**report, "figures": figures})
     show(report, figures)
 
 
-def require_memory(config: WorldConfig, size: tuple[int, int], device: Device, dtype: torch.dtype) -> None:
-    """Raise torch.OutOfMemoryError for a preset whose weights and cache leave no room for activations."""
+def write(out: Path | None, report: Mapping[str, Any]) -> None:
+    """The report as JSON, where one is wanted."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def require_memory(
+    config: WorldConfig, size: tuple[int, int], device: Device, dtype: torch.dtype, streams: int = 1
+) -> None:
+    """Raise torch.OutOfMemoryError for a preset whose weights and caches leave no room for activations."""
     architecture = config.architecture
-    needed = parameters(architecture) * dtype.itemsize + prompt_bytes(architecture, dtype)
-    needed += architecture.cache_geometry(*size, config.history).bytes(dtype)
+    stream = architecture.cache_geometry(*size, config.history).bytes(dtype) + prompt_bytes(architecture, dtype)
+    needed = parameters(architecture) * dtype.itemsize + streams * stream
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = torch.cuda.mem_get_info()[1] if device is Device.cuda else pages
     if needed > MEMORY_SHARE * memory:
@@ -178,19 +186,37 @@ def longest_prompt(architecture: Sizes, device: Device, streams: int = 1) -> Any
     return embedded(architecture.text_length, architecture.text_dim)
 
 
+class _Layout(NamedTuple):
+    """Of a tensor."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def random(self) -> Tensor:
+        """One of this layout."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).normal_()
+
+
 class Recorder(TorchFunctionMode):
-    """Keeps every matrix product and attention call that is made while it is active."""
+    """Keeps every matrix product, convolution and attention call that is made while it is active.
+
+    Of the activations that a call is given first it keeps the layout alone.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[tuple[Callable[..., Any], _Layout, tuple[Any, ...], dict[str, Any]]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Note the call, and make it."""
-        if func in PRODUCTS or func is F.scaled_dot_product_attention:
-            self.calls.append((func, args, dict(kwargs or {})))
+        if func in PRODUCTS or func in CONVOLUTIONS or func is F.scaled_dot_product_attention:
+            first, *others = args
+            layout = _Layout(first.shape, first.stride(), first.dtype, first.device)
+            self.calls.append((func, layout, tuple(others), dict(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
     def replay(self, *, small: bool) -> Run:
@@ -200,14 +226,13 @@ class Recorder(TorchFunctionMode):
         all calls that agree in it: so they lie in the processor's caches, as the pass finds its own.
         small: also products with the 4 × 4 matrices of cameras, which are many but hardly work
         """
-        stand_ins: dict[tuple[Any, ...], Tensor] = {}
+        stand_ins: dict[_Layout, Tensor] = {}
         calls = []
-        for func, (first, *others), kwargs in self.calls:
+        for func, layout, others, kwargs in self.calls:
             if func in PRODUCTS and min(others[0].shape[-2:]) <= 4 and not small:
                 continue
-            layout = (first.shape, first.stride(), first.dtype)
             if layout not in stand_ins:
-                stand_ins[layout] = torch.empty_strided(*layout[:2], dtype=first.dtype).normal_()
+                stand_ins[layout] = layout.random()
             calls.append((func, (stand_ins[layout], *others), kwargs))
 
         def run() -> None:
@@ -232,7 +257,12 @@ def measure(case: Case, device: Device, repeats: int) -> dict[str, Any]:
 def timed_in_turn(
     runs: Mapping[str, Run], device: Device, repeats: int, of: Callable[[list[float]], float] = statistics.median
 ) -> dict[str, float]:
-    """Seconds of each, the median or another figure `of` the rounds, in which all of them are timed once."""
+    """Seconds of each, the median or another figure `of` its rounds in turn."""
+    return {name: of(times) for name, times in in_turn(runs, device, repeats).items()}
+
+
+def in_turn(runs: Mapping[str, Run], device: Device, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each in every one of the rounds, in which all of them are timed once; the first, unnoted, warms up."""
     for run in runs.values():
         run()
     spent: dict[str, list[float]] = {name: [] for name in runs}
@@ -243,7 +273,7 @@ def timed_in_turn(
             run()
             settle(device)
             spent[name].append(time.perf_counter() - started)
-    return {name: of(times) for name, times in spent.items()}
+    return spent
 
 
 def settle(device: Device) -> None:

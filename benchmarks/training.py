@@ -9,7 +9,6 @@ are medians. DMD is timed at each of its exit steps, its critic five times for e
 trained. The stage `ode` makes the autoregressive stage's passes and is not timed.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -47,6 +46,7 @@ from models import (
     matrix_peak,
     random_model,
     timed_in_turn,
+    write,
 )
 
 STAGES = ("bidirectional", "autoregressive", "consistency", "dmd")
@@ -79,9 +79,7 @@ def main(
         figures.append({"stage": stage, **row})
     report = {"machine": machine(device), "preset": name, "frames": frames, "latents": size, "batch": batch}
     report |= {"checkpointed": checkpointed, "compiled": compiled, "repeats": repeats, "matrix_peak": peak}
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**report, "figures": figures}, indent=1) + "\n")
+    write(out, {**report, "figures": figures})
     show(report, figures)
 
 

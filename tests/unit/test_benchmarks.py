@@ -2,19 +2,26 @@
 
 import importlib.util
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 import torch.nn.functional as F
 import typer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from minwm.errors import ConfigError
+from minwm.models.backbones import Backbone
+from minwm.models.context import History
 from minwm.models.costs import Pass, forward_flops
 from minwm.models.presets import preset
 from minwm.training.dry_run import plan
@@ -42,6 +49,21 @@ def models() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def training(models: ModuleType) -> Iterator[ModuleType]:
     yield from script("training")
+
+
+@pytest.fixture(scope="module")
+def baseline_loop() -> Iterator[ModuleType]:
+    yield from script("baseline_loop")
+
+
+@pytest.fixture(scope="module")
+def streaming_report() -> Iterator[ModuleType]:
+    yield from script("streaming_report")
+
+
+@pytest.fixture(scope="module")
+def streaming(models: ModuleType, baseline_loop: ModuleType, streaming_report: ModuleType) -> Iterator[ModuleType]:
+    yield from script("streaming")
 
 
 def run(benchmark: ModuleType, folder: Path, *arguments: str) -> dict[str, Any]:
@@ -120,3 +142,85 @@ def test_the_floor_of_training_has_a_backward_where_the_step_had_one(training: M
     product = 2 * 64 * 32 * 16
     assert floor.get_total_flops() == 4 * product
     assert step.get_total_flops() == 4 * product + 2 * 64 * 32 * 4, "the camera's product is not in the floor"
+
+
+def test_a_streaming_row_is_of_one_chunk_its_parts_and_its_rivals(streaming: ModuleType, tmp_path: Path) -> None:
+    plots = tmp_path / "plots"
+    what = ("--size", "16x32", "--fidelity", "2:4", "--sessions", "1", "--sessions", "2", "--length", "88")
+    report = run(streaming, tmp_path, *what, "--dtype", "float32", "--plots", str(plots))
+    assert [row["sessions"] for row in report["figures"]] == [1, 2]
+    for row in report["figures"]:
+        about = {name: row.pop(name) for name in ("preset", "device", "height", "width", "chunk", "steps", "window")}
+        assert about == {"preset": "wan-doom", "device": report["machine"]["device"], "height": 16, "width": 32} | {
+            "chunk": 2, "steps": 2, "window": 4,
+        }  # fmt: skip
+        assert all(math.isfinite(figure) and figure > 0 for figure in row.values()), row
+        parts = ("denoise_ms", "context_ms", "decode_ms", "other_ms")
+        assert sum(row[part] for part in parts) == pytest.approx(row["chunk_ms"])
+        assert row["fps"] == pytest.approx(8 * row["sessions"] / row["chunk_ms"] * 1e3)
+        assert row["limit_fps"] * row["matmul_share"] == pytest.approx(row["fps"])
+        assert row["action_to_frame_ms"] == pytest.approx(row["chunk_ms"] - row["context_ms"])
+        assert {"ttff_ms", "baseline_fps", "no_cache_fps", "bytes_per_session"} <= row.keys()
+        assert {"denoiser_over_limit", "baseline_over_denoiser"} <= row.keys()
+    (curve,) = report["length"]
+    assert curve["frames"] == list(range(8, 89, 8)), "chunks of eight frames"
+    assert len(curve["chunk_ms"]) == 11 and min(curve["chunk_ms"]) > 0
+    drawn = sorted(path.name for path in plots.iterdir())
+    assert drawn == [f"streaming-wan-doom-16x32-2-steps-window-4{what}.svg" for what in ("-length", "")]
+    for name in drawn:
+        ElementTree.parse(plots / name)
+
+
+def test_streaming_goes_on_without_a_camera_and_with_a_text_encoder_s_prompts(
+    streaming: ModuleType, new_backbone: Callable[..., Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Wan's own presets do, and with the tiny decoder, whose first latent frame is one RGB frame."""
+    config = new_backbone(History(chunk=3, window=9), conditions=(), byte_text=False).config
+    monkeypatch.setattr(streaming, "preset", lambda name: replace(config, preset=name))
+    what = ("--preset", "published", "--size", "32x48", "--sessions", "1", "--chunk", "2", "--length", "0")
+    report = run(streaming, tmp_path, *what, "--dtype", "float32")
+    assert [(row["steps"], row["window"], row["chunk"]) for row in report["figures"]] == [
+        (4, 9, 2),
+        (2, 9, 2),
+        (4, 4, 2),
+    ]
+    assert report["length"] == []
+    cache = 2 * 2 * 32 * (9 * 6) * 4  # layers, keys and values, channels, tokens, bytes
+    assert report["figures"][0]["bytes_per_session"] > cache, "the decoder's state is part of a session"
+
+
+def test_the_limit_of_a_chunk_is_the_arithmetic_of_its_passes_and_of_its_decoding(
+    streaming: ModuleType, new_backbone: Callable[..., Backbone]
+) -> None:
+    config = new_backbone(History(chunk=2, window=4)).config
+    world = streaming.random_world(config, "32x48", streaming.Decoder.tiny, streaming.Device.cpu, torch.float32)
+    work = streaming.Workload(world, streaming.Fidelity(steps=2, window=4), 3, streaming.Device.cpu)
+
+    def flops(run: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows no CPU kernel
+            run()
+        return int(counter.get_total_flops())
+
+    with torch.inference_mode():
+        limit, latents = streaming.limit(work), work.noise(2)
+        shape = Pass.cached(work.history, 6)
+        cameras = 2 * 2 * (2 * 6) * 16 * 32  # layers, multiply and add, tokens, four channels of q, k, v and output
+        one_pass = forward_flops(config.architecture, shape).total - cameras
+        assert flops(limit["products"]) == 3 * 3 * one_pass, "three sessions, two steps and the clean context"
+        assert flops(limit["decode_products"]) == flops(lambda: world.autoencoder.decode(latents)) > 0
+
+
+def test_what_does_not_fit_is_skipped_and_what_is_not_understood_is_refused(
+    streaming: ModuleType, models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "MEMORY_SHARE", 1e-6)
+    report = run(streaming, tmp_path, "--size", "16x32", "--sessions", "1", "--fidelity", "1:2", "--length", "8")
+    (row,) = report["figures"]
+    assert row["skipped"].startswith("takes ") and report["length"] == []
+    for text in ("4", "4x16", ":16", "-4:16"):
+        with pytest.raises(typer.BadParameter, match="expected STEPS:WINDOW, as 4:16"):
+            streaming.parse_fidelity(text)
+    with pytest.raises(ConfigError, match="expected a Wan"):
+        streaming.world_config("hunyuanvideo-1.5-8b", None, None)
+    with pytest.raises(typer.BadParameter, match="expected HEIGHTxWIDTH"):
+        streaming.random_world(preset("wan-doom"), "96", streaming.Decoder.tiny, streaming.Device.cpu, torch.float32)

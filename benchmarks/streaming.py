@@ -1,0 +1,402 @@
+"""How fast sessions stream, beside the reference's loop, the model without a cache, and the machine's limit.
+
+    python benchmarks/streaming.py --out runs/bench/streaming.json --plots docs/assets
+    python benchmarks/streaming.py --preset minwm-wan2.1-1.3b --device cuda --sessions 1
+
+Weights are random. A row per preset, size, fidelity (steps and window) and number of sessions that advance together,
+at a full window: a chunk's time and its parts, and, timed in turn with it, the same chunk by minWM's method and without
+a cache (benchmarks/baseline_loop.py), and the limit: the matrix products, convolutions and attention calls of its
+passes and its decoding alone. Figures are medians over the rounds. Then one session goes on for `--length` frames:
+do its chunks take longer as it does?
+
+A chunk is all that is done between two boundaries, so frames/s can be kept up for ever. action_to_frame_ms is from a
+control at the boundary to the chunk's frames; the wait for the boundary comes on top. matmul_share is the limit over
+the whole chunk; denoiser_over_limit and baseline_over_denoiser compare the transformer's passes, all of a chunk, alone.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from baseline_loop import BaselineLoop, decode_clip, whole_window, without_cache
+from streaming_report import draw, show
+from torch import Tensor
+
+from minwm.errors import ConfigError
+from minwm.geometry.live import CameraVelocity, Speeds
+from minwm.models.autoencoder import Autoencoder, AutoencoderConfig, DecoderConfig, TinyDecoder
+from minwm.models.backbones import Backbone
+from minwm.models.context import History
+from minwm.models.costs import chunk_flops, latent_size, picture_size, prompt_bytes
+from minwm.models.layout import FRAMES_PER_LATENT, LatentLayout, VideoAutoencoder
+from minwm.models.presets import WorldConfig, preset
+from minwm.models.rollout import ChunkRollout
+from minwm.models.wan import WanConfig
+from minwm.models.worlds import World, WorldCard
+from minwm.progress import progress_bar
+from minwm.streaming.engine import StreamingEngine
+from models import (
+    Device,
+    Precision,
+    Recorder,
+    Run,
+    in_turn,
+    longest_prompt,
+    machine,
+    matrix_peak,
+    random_conditions,
+    random_model,
+    require_memory,
+    settle,
+    write,
+)
+
+POINTS = 50  # of the curve over a session's length
+VELOCITY = CameraVelocity(forward=1.0, yaw=10.0)
+
+
+class Decoder(StrEnum):
+    """Of presets that have a published autoencoder; `wan-doom` has its own."""
+
+    tiny = "tiny"
+    published = "published"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """Denoising steps, and latent frames attended to."""
+
+    steps: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one row of figures is of."""
+
+    world: World
+    fidelity: Fidelity
+    sessions: int
+    device: Device
+
+    @property
+    def history(self) -> History:
+        """What a chunk sees at this fidelity."""
+        return replace(self.world.backbone.config.history, window=self.fidelity.window)
+
+    @property
+    def latents(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return latent_size(self.world.backbone.config.architecture, self.world.card.height, self.world.card.width)
+
+    @property
+    def frames(self) -> int:
+        """RGB frames of one chunk, of all sessions."""
+        return self.sessions * self.history.chunk * FRAMES_PER_LATENT
+
+    def noise(self, frames: int) -> Tensor:
+        """Latents of all sessions."""
+        model = self.world.backbone.model
+        shape = (self.sessions, frames, model.architecture.channels, *self.latents)
+        return torch.randn(shape, dtype=next(model.parameters()).dtype, device=self.device.value)
+
+
+def main(
+    presets: Annotated[list[str] | None, typer.Option("--preset", help="Repeatable; wan-doom if not given.")] = None,
+    sizes: Annotated[list[str] | None, typer.Option("--size", help="HEIGHTxWIDTH in pixels, repeatable.")] = None,
+    fidelities: Annotated[list[str] | None, typer.Option("--fidelity", help="STEPS:WINDOW, repeatable.")] = None,
+    sessions: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; 1, 2, 4, 8 if not given.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Latent frames of a chunk; the preset's if not given.")] = None,
+    decoder: Annotated[Decoder, typer.Option(help="Of presets whose autoencoder is published.")] = Decoder.tiny,
+    device: Annotated[Device, typer.Option(help="Where it runs.")] = Device.cpu,
+    dtype: Annotated[Precision, typer.Option(help="Of weights, caches and activations.")] = Precision.bfloat16,
+    length: Annotated[int, typer.Option(min=0, help="RGB frames of the long session; 0: none.")] = 10_000,
+    repeats: Annotated[int, typer.Option(min=1, max=200, help="Timings of everything.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Figures as JSON.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for plots as SVG.")] = None,
+) -> None:
+    """Time streaming sessions, and compare them with slower ways and with the limit."""
+    precision, figures, curves = getattr(torch, dtype.value), [], []
+    configs = [world_config(name, chunk, fidelities) for name in presets or ["wan-doom"]]
+    worlds = [(*config, size) for config in configs for size in sizes or usual_sizes(config[0].preset)]
+    counts = sessions or [1, 2, 4, 8]
+    rows = sum(len(levels) * len(counts) for _, levels, _ in worlds)
+    with torch.inference_mode(), progress_bar("streaming", rows, every=1) as tell:
+        peak = matrix_peak(device, precision) if device is Device.cuda else None
+        for config, levels, size in worlds:
+            world = random_world(config, size, decoder, device, precision)
+            for level, count in product(levels, counts):
+                figures.append(row(Workload(world, level, count, device), repeats, peak))
+                tell(len(figures), f"{config.preset} {size}, {level.steps}:{level.window}, {count} sessions")
+            if length and any("skipped" not in one for one in figures[-len(levels) * len(counts) :]):
+                curves.append(over_length(Workload(world, levels[0], 1, device), length))
+    report = {"machine": machine(device), "dtype": dtype.value, "repeats": repeats, "matrix_peak": peak}
+    report |= {"figures": figures, "length": curves}
+    write(out, report)
+    if plots is not None:
+        draw(plots, figures, curves)
+    show(report)
+
+
+def world_config(name: str, chunk: int | None, fidelities: Sequence[str] | None) -> tuple[WorldConfig, list[Fidelity]]:
+    """The preset with a window as wide as the fidelities ask for, and these: by default full, fewer steps, half window.
+
+    Raises ConfigError for a backbone that the baseline loop is not of.
+    """
+    config = preset(name)
+    if not isinstance(config.architecture, WanConfig):
+        raise ConfigError(f"preset {name!r}: expected a Wan, which the baseline loop is of")
+    window = config.history.window
+    usual = [Fidelity(steps=steps, window=wide) for steps, wide in ((4, window), (2, window), (4, window // 2))]
+    asked = [parse_fidelity(text) for text in fidelities or ()]
+    levels = asked or [fidelity for fidelity in usual if fidelity.steps in config.levels]
+    history = replace(
+        config.history, chunk=chunk or config.history.chunk, window=max(fidelity.window for fidelity in levels)
+    )
+    return replace(config, history=history), levels
+
+
+def parse_fidelity(text: str) -> Fidelity:
+    """`4:16` is four steps and a window of sixteen."""
+    steps, _, window = text.partition(":")
+    if not (steps.isdecimal() and window.isdecimal()):
+        raise typer.BadParameter(f"fidelity {text!r}: expected STEPS:WINDOW, as 4:16")
+    return Fidelity(steps=int(steps), window=int(window))
+
+
+def usual_sizes(name: str) -> Sequence[str]:
+    """That a preset is timed at unless asked otherwise."""
+    return ("96x128", "144x192") if name == "wan-doom" else ("{}x{}".format(*picture_size(name)),)
+
+
+def random_world(config: WorldConfig, size: str, decoder: Decoder, device: Device, dtype: torch.dtype) -> World:
+    """A world of random weights. Raises ConfigError for a size that is no whole number of tokens."""
+    height, _, width = size.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise typer.BadParameter(f"size {size!r}: expected HEIGHTxWIDTH, as 96x128")
+    card = WorldCard(
+        name=config.preset,
+        height=int(height),
+        width=int(width),
+        fps=17.5,
+        intrinsics=(0.5, 0.5 * int(width) / int(height), 0.5, 0.5),
+        speeds=Speeds(move=1.0, turn=30.0),
+    )
+    architecture = config.architecture
+    latent_size(architecture, card.height, card.width)
+    model = random_model(architecture, device, dtype)
+    backbone = Backbone(model, config, lambda prompts: longest_prompt(architecture, device, len(prompts)))
+    autoencoder = random_autoencoder(architecture, decoder).eval().requires_grad_(False).to(device.value, dtype)
+    return World(card, backbone, autoencoder, {})
+
+
+def random_autoencoder(architecture: WanConfig, decoder: Decoder) -> VideoAutoencoder:
+    """The one that a preset streams through."""
+    if architecture.byte_text:
+        return Autoencoder(AutoencoderConfig(latent_channels=architecture.channels))
+    if decoder is Decoder.tiny:
+        return TinyDecoder(DecoderConfig(layout=LatentLayout(channels=architecture.channels, pixels=8, leading=True)))
+    from diffusers import AutoencoderKLWan
+
+    from minwm.models.wan_vae import WanVAE
+
+    return WanVAE(AutoencoderKLWan())
+
+
+class Streams:
+    """Sessions that advance together: all that this benchmark asks of the engine.
+
+    parts: seconds that each `advance` took to denoise and to decode
+    """
+
+    def __init__(self, work: Workload) -> None:
+        backbone = replace(work.world.backbone, config=replace(work.world.backbone.config, history=work.history))
+        self._work = work
+        self._engine = StreamingEngine(replace(work.world, backbone=backbone), work.sessions, steps=work.fidelity.steps)
+        self._sessions: list[Any] = []
+        self.parts: list[tuple[float, float]] = []
+
+    def open(self) -> None:
+        """New sessions in place of those that were."""
+        for session in self._sessions:
+            self._engine.close(session)
+        self._sessions = [
+            self._engine.open(seed=number, prompt=f"world {number}") for number in range(self._work.sessions)
+        ]
+
+    def advance(self) -> None:
+        """The next chunk of every session, to its frames."""
+        chunks = [self._engine.advance(session, VELOCITY) for session in self._sessions]
+        self.parts.append((sum(one.denoise_seconds for one in chunks), sum(one.decode_seconds for one in chunks)))
+
+    def settle(self) -> None:
+        """Its clean context."""
+        for session in self._sessions:
+            self._engine.settle(session)
+
+    @property
+    def bytes_per_session(self) -> int:
+        """What an open session keeps: cache, prompt and the decoder's state."""
+        architecture, latents = self._work.world.backbone.config.architecture, self._work.noise(1)
+        cache = architecture.cache_geometry(*self._work.latents, self._work.history).bytes(latents.dtype)
+        state = self._sessions[0].decoder_state
+        return cache + prompt_bytes(architecture, latents.dtype) + sum(part.nbytes for part in state)
+
+
+def row(work: Workload, repeats: int, peak: float | None) -> dict[str, Any]:
+    """The figures of one workload, or why there are none."""
+    config, card = work.world.backbone.config, work.world.card
+    about = {"preset": config.preset, "height": card.height, "width": card.width, "chunk": work.history.chunk}
+    about |= {"steps": work.fidelity.steps, "window": work.fidelity.window, "sessions": work.sessions}
+    about |= {"device": machine(work.device)["device"]}
+    dtype = work.noise(1).dtype
+    try:  # three caches: the engine's, the baseline's, and the one that the limit reads
+        require_memory(replace(config, history=work.history), work.latents, work.device, dtype, 3 * work.sessions)
+        return about | measure(work, repeats, peak)
+    except torch.OutOfMemoryError as error:
+        return about | {"skipped": str(error).partition("\n")[0]}
+
+
+def measure(work: Workload, repeats: int, peak: float | None) -> dict[str, Any]:
+    """Figures of the engine at a full window, and of what is timed in turn with it."""
+    streams = Streams(work)
+    first = [first_frame(streams, work.device) for _ in range(repeats + 1)][1:]
+    streams.open()
+    for _ in range(0, work.history.window, work.history.chunk):
+        streams.advance()
+        streams.settle()
+    streams.parts.clear()
+    runs = {"advance": streams.advance, "context": streams.settle, **rivals(work), **limit(work)}
+    rounds = in_turn(runs, work.device, repeats)
+    denoise, decode = (list(part) for part in zip(*streams.parts[-repeats:], strict=True))
+    advance, context = rounds["advance"], rounds["context"]
+    rounds |= {
+        "denoise": denoise,
+        "decode": decode,
+        "other": [a - b - c for a, b, c in zip(advance, denoise, decode, strict=True)],
+        "chunk": [a + b for a, b in zip(advance, context, strict=True)],
+        "denoiser": [a + b for a, b in zip(denoise, context, strict=True)],
+        "ttff": first,
+    }
+    seconds = {name: statistics.median(spent) for name, spent in rounds.items()}
+    parts = ("ttff", "chunk", "denoise", "context", "decode", "other")
+    return {
+        "fps": work.frames / seconds["chunk"],
+        **{f"{name}_ms": 1e3 * seconds[name] for name in parts},
+        "action_to_frame_ms": 1e3 * seconds["advance"],
+        **comparisons(work, seconds, peak),
+        "bytes_per_session": streams.bytes_per_session,
+    }
+
+
+def comparisons(work: Workload, seconds: Mapping[str, float], peak: float | None) -> dict[str, float]:
+    """The engine's seconds beside those of the rest; peak: FLOP/s of the machine's matrix products, if measured."""
+    clip = seconds["baseline_decode"] * work.history.chunk / work.history.window
+    products = seconds["products"] + seconds["decode_products"]
+    figures = {
+        "baseline_fps": work.frames / (seconds["baseline"] + clip),
+        "no_cache_fps": work.frames / (seconds["no_cache"] + seconds["decode"]),
+        "limit_fps": work.frames / products,
+        "matmul_share": products / seconds["chunk"],
+        "denoiser_over_limit": seconds["denoiser"] / seconds["products"],
+        "baseline_over_denoiser": seconds["baseline"] / seconds["denoiser"],
+    }
+    if peak is not None:
+        architecture = work.world.backbone.config.architecture
+        tokens = architecture.cache_geometry(*work.latents, work.history).tokens_per_frame
+        flops = work.sessions * chunk_flops(architecture, work.history, tokens, work.fidelity.steps)
+        figures["denoiser_share_of_peak"] = flops / seconds["denoiser"] / peak
+    return figures
+
+
+def first_frame(streams: Streams, device: Device) -> float:
+    """Seconds from opening sessions to their first frames."""
+    started = time.perf_counter()
+    streams.open()
+    streams.advance()
+    settle(device)
+    return time.perf_counter() - started
+
+
+def rivals(work: Workload) -> dict[str, Run]:
+    """A chunk of all sessions by minWM's method and without a cache, and the decoding of a clip of one window."""
+    backbone, history = work.world.backbone, work.history
+    model, levels = backbone.model, backbone.config.sampling_levels(work.fidelity.steps)
+    prompt = model.prompt(longest_prompt(model.architecture, work.device, work.sessions))
+    window = random_conditions(history.window, work.device).streams(torch.zeros(work.sessions, dtype=torch.long))
+    last = window.frames(history.window - history.chunk, history.window)
+    context, past = whole_window(history), work.noise(history.window - history.chunk)
+    clip = work.noise(history.window)
+    loop = BaselineLoop(model, history, clip.shape[2:], batch=work.sessions)
+
+    def noise(step: int = 0) -> Tensor:
+        return work.noise(history.chunk)
+
+    def baseline() -> None:
+        loop.commit(loop.denoise(noise(), prompt, last, levels, noise), prompt, last)
+
+    for _ in range(0, history.window, history.chunk):
+        loop.commit(noise(), prompt, last)
+    return {
+        "baseline": baseline,
+        "baseline_decode": lambda: decode_clip(work.world.autoencoder, [clip]),
+        "no_cache": lambda: without_cache(model, context, past, noise(), prompt, window, levels, noise),
+    }
+
+
+def limit(work: Workload) -> dict[str, Run]:
+    """The matrix products, convolutions and attention calls of a chunk's passes, and of its decoding."""
+    model, history, decoder = work.world.backbone.model, work.history, work.world.autoencoder
+    latents = work.noise(history.chunk)
+    prompt = model.prompt(longest_prompt(model.architecture, work.device, work.sessions))
+    conditions = random_conditions(history.chunk, work.device).streams(torch.zeros(work.sessions, dtype=torch.long))
+    rollout = ChunkRollout(model, history, latents.shape[2:], batch=work.sessions)
+    for _ in range(0, history.window, history.chunk):
+        rollout.commit(latents, prompt, conditions)
+    with Recorder() as one_pass:
+        rollout.velocity(latents, 1.0, prompt, conditions)
+    _, state = decoder.decode(latents)
+    with Recorder() as decoding:
+        decoder.decode(latents, state)
+    replay, passes = one_pass.replay(small=False), work.fidelity.steps + 1
+
+    def products() -> None:
+        for _ in range(passes):
+            replay()
+
+    return {"products": products, "decode_products": decoding.replay(small=False)}
+
+
+def over_length(work: Workload, frames: int) -> dict[str, Any]:
+    """Milliseconds of a chunk of one session of so many RGB frames: medians over stretches of it, by where they end."""
+    streams, spent = Streams(work), []
+    streams.open()
+    for _ in range(max(1, frames // work.frames)):
+        settle(work.device)
+        started = time.perf_counter()
+        streams.advance()
+        streams.settle()
+        settle(work.device)
+        spent.append(1e3 * (time.perf_counter() - started))
+    size = -(-len(spent) // POINTS)
+    stretches = [spent[start : start + size] for start in range(0, len(spent), size)]
+    return {
+        "preset": work.world.backbone.config.preset,
+        "height": work.world.card.height,
+        "width": work.world.card.width,
+        "steps": work.fidelity.steps,
+        "window": work.fidelity.window,
+        "frames": [min((number + 1) * size, len(spent)) * work.frames for number in range(len(stretches))],
+        "chunk_ms": [statistics.median(stretch) for stretch in stretches],
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
