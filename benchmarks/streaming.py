@@ -29,19 +29,20 @@ from baseline_loop import BaselineLoop, decode_clip, whole_window, without_cache
 from streaming_report import draw, show
 from torch import Tensor
 
-from minwm.errors import ConfigError
+from minwm.errors import ConfigError, SessionError
 from minwm.geometry.live import CameraVelocity, Speeds
 from minwm.models.autoencoder import Autoencoder, AutoencoderConfig, DecoderConfig, TinyDecoder
 from minwm.models.backbones import Backbone
 from minwm.models.context import History
-from minwm.models.costs import chunk_flops, latent_size, picture_size, prompt_bytes
+from minwm.models.costs import chunk_flops, latent_size, picture_size
 from minwm.models.layout import FRAMES_PER_LATENT, LatentLayout, VideoAutoencoder
 from minwm.models.presets import WorldConfig, preset
 from minwm.models.rollout import ChunkRollout
 from minwm.models.wan import WanConfig
 from minwm.models.worlds import World, WorldCard
 from minwm.progress import progress_bar
-from minwm.streaming.engine import StreamingEngine
+from minwm.streaming.engine import Chunk, StreamingEngine
+from minwm.streaming.session import Fidelity, Session, Turn
 from models import (
     Device,
     Precision,
@@ -67,14 +68,6 @@ class Decoder(StrEnum):
 
     tiny = "tiny"
     published = "published"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fidelity:
-    """Denoising steps, and latent frames attended to."""
-
-    steps: int
-    window: int
 
 
 @dataclass(frozen=True)
@@ -217,10 +210,8 @@ class Streams:
     """
 
     def __init__(self, work: Workload) -> None:
-        backbone = replace(work.world.backbone, config=replace(work.world.backbone.config, history=work.history))
-        self._work = work
-        self._engine = StreamingEngine(replace(work.world, backbone=backbone), work.sessions, steps=work.fidelity.steps)
-        self._sessions: list[Any] = []
+        self._work, self._engine = work, StreamingEngine(work.world, work.sessions)
+        self._sessions: list[Session] = []
         self.parts: list[tuple[float, float]] = []
 
     def open(self) -> None:
@@ -233,21 +224,21 @@ class Streams:
 
     def advance(self) -> None:
         """The next chunk of every session, to its frames."""
-        chunks = [self._engine.advance(session, VELOCITY) for session in self._sessions]
-        self.parts.append((sum(one.denoise_seconds for one in chunks), sum(one.decode_seconds for one in chunks)))
+        turns = [Turn(session, VELOCITY, fidelity=self._work.fidelity) for session in self._sessions]
+        made = self._engine.advance(turns)
+        chunks = [one for one in made if isinstance(one, Chunk)]
+        if len(chunks) < len(made):
+            raise next(one for one in made if isinstance(one, SessionError))
+        self.parts.append((max(one.denoise_seconds for one in chunks), max(one.decode_seconds for one in chunks)))
 
     def settle(self) -> None:
         """Its clean context."""
-        for session in self._sessions:
-            self._engine.settle(session)
+        self._engine.settle(self._sessions)
 
     @property
     def bytes_per_session(self) -> int:
-        """What an open session keeps: cache, prompt and the decoder's state."""
-        architecture, latents = self._work.world.backbone.config.architecture, self._work.noise(1)
-        cache = architecture.cache_geometry(*self._work.latents, self._work.history).bytes(latents.dtype)
-        state = self._sessions[0].decoder_state
-        return cache + prompt_bytes(architecture, latents.dtype) + sum(part.nbytes for part in state)
+        """What an open session keeps."""
+        return self._engine.bytes_per_session
 
 
 def row(work: Workload, repeats: int, peak: float | None) -> dict[str, Any]:
