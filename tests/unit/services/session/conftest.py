@@ -3,10 +3,10 @@
 import asyncio
 import io
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from minwm.client.v1 import session_pb2 as pb
 from minwm.errors import SessionError
 from minwm.geometry.live import CameraVelocity, Speeds
-from minwm.streaming.engine import Chunk, StreamSpec
+from minwm.streaming import Chunk, StreamSpec, Turn
 from minwm_session.host import SessionHost
 from minwm_session.interact import interact
 
@@ -72,7 +72,10 @@ class FlatEngine:
         self.sessions.append(FlatSession(seed, prompt, start_image))
         return self.sessions[-1]
 
-    def advance(self, session: FlatSession, velocity: CameraVelocity) -> Chunk:
+    def advance(self, turns: Sequence[Turn]) -> list[Chunk | SessionError]:
+        return [self._next(cast(Any, turn.session), turn.velocity) for turn in turns]
+
+    def _next(self, session: FlatSession, velocity: CameraVelocity) -> Chunk:
         self._threads.add(threading.get_ident())
         index = len(session.velocities)
         session.velocities.append(velocity)
@@ -82,9 +85,10 @@ class FlatEngine:
         frames = np.full((SPEC.frames_per_chunk, SPEC.height, SPEC.width, 3), 10 * index % 256, np.uint8)
         return Chunk(index=index, frames=frames, denoise_seconds=0.03, decode_seconds=0.01)
 
-    def settle(self, session: FlatSession) -> None:
+    def settle(self, sessions: Sequence[FlatSession]) -> None:
         self._threads.add(threading.get_ident())
-        session.settled += 1
+        for session in sessions:
+            session.settled += 1
 
     def close(self, session: FlatSession) -> None:
         self._threads.add(threading.get_ident())
