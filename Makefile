@@ -15,13 +15,14 @@ setup: ## make .venv, installing what it needs
 demo: setup ## the whole path: play a game, train, register, serve, stream; results in runs/demo
 	@$(VENV)/bin/minwm demo
 
+WORLD ?= $(firstword $(wildcard models/wan-doom/model) runs/demo/world)
 WALK ?= w*6,w+l*4,w*4,w+j*6,w*6,d*4,a*4,s*4
-play: setup ## serve the shipped model and walk through it (WALK='w*6,w+l*4'); video in runs/play
-	@$(VENV)/bin/minwm demo --world models/wan-doom/model --keys '$(WALK)' --out runs/play
+play: setup ## serve a world and walk through it (WORLD=runs/demo/world WALK='w*6,w+l*4'); video in runs/play
+	@$(VENV)/bin/minwm demo --world $(WORLD) --keys '$(WALK)' --out runs/play
 
 eval: setup ## measure the shipped model on play it has never seen; results in runs/eval/wan-doom.{json,html}
-	@$(VENV)/bin/minwm eval models/wan-doom/model --base models/wan-doom/base --judge models/doom-judge --teacher models/wan-doom/teacher.npz \
-		--full --record --data runs/eval/play --out runs/eval/wan-doom
+	@$(VENV)/bin/minwm eval $(firstword $(wildcard models/wan-doom/model) models/wan-doom/base --autoencoder models/wan-doom/autoencoder) \
+		--base models/wan-doom/base --judge models/doom-judge $(patsubst %,--teacher %,$(wildcard models/wan-doom/teacher.npz)) --full --record --data runs/eval/play --out runs/eval/wan-doom
 
 bench-streaming: setup ## how fast sessions stream here, beside the limit; runs/bench/streaming.json, plots in docs/assets
 	@$(PYTHON) benchmarks/streaming.py --out runs/bench/streaming.json --plots docs/assets

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minwm.errors import InputError
 from minwm.models.backbones import Backbone
-from minwm.models.cache import CacheGeometry, KVCache
+from minwm.models.cache import CacheGeometry, EightBitCache, KVCache
 from minwm.models.conditions import ConditionName, Conditions
 from minwm.models.context import Beside, History, Masked, attention, teacher_forcing
 from minwm.models.prope import transform
@@ -252,7 +252,8 @@ def test_the_declared_bytes_are_those_allocated() -> None:
     cache = KVCache(geometry, 1, torch.bfloat16)
     # keys and values of 1 + 5 frames of 6 tokens, and of 1 once more, raw; 4 heads of 8, 3 layers, 2 bytes each
     assert geometry.bytes(torch.bfloat16) == 2 * (6 + 1) * 6 * 4 * 8 * 3 * 2
-    assert cache._store.untyped_storage().nbytes() == geometry.bytes(torch.bfloat16)
+    held = sum(tensor.untyped_storage().nbytes() for tensor in cache._tensors().values())
+    assert held == geometry.bytes(torch.bfloat16)
 
 
 @pytest.mark.parametrize("history", FEW_HISTORIES, ids=lambda h: f"chunk{h.chunk}")
@@ -322,3 +323,30 @@ def test_exact_and_compat_agree_until_there_is_a_past(new_stream: Callable[..., 
     (exact_first, exact_second), (compat_first, compat_second) = outputs
     torch.testing.assert_close(exact_first, compat_first, rtol=0, atol=1e-5)
     assert not torch.allclose(exact_second, compat_second, atol=1e-3)
+
+
+@pytest.mark.parametrize("history", [History(chunk=2, window=5, sink=1), History(chunk=1, window=3)], ids=str)
+@torch.no_grad()
+def test_eight_bits_hold_every_number_to_half_a_step(history: History) -> None:
+    """Beside a cache that rounds nothing, over several windows; what is beside the frames too."""
+    geometry = CacheGeometry(layers=2, heads=3, head_dim=8, tokens_per_frame=2, history=history, beside=3)
+    exact, eight = KVCache(geometry, 2, torch.float32), EightBitCache(geometry, 2, torch.float32)
+    random = torch.Generator().manual_seed(1)
+    beside = Beside(*(torch.randn(2, 2, 3, 8, generator=random) for _ in range(2)))
+    for start in range(0, 6 * history.chunk, history.chunk):
+        size = 10 ** torch.randn(2, 2, 3, 2 * history.chunk, 1, generator=random)
+        kv = size * torch.randn(2, 2, 3, 2 * history.chunk, 8, generator=random)
+        for layer in range(2):
+            true = exact.update(layer, start, history.chunk, kv, beside)
+            got = eight.update(layer, start, history.chunk, kv, beside)
+            step = true.abs().amax(-1, keepdim=True) / 127
+            assert ((got - true).abs() <= 0.501 * step).all()
+    assert sum(tensor.nbytes for tensor in eight._tensors().values()) == 2 * geometry.bytes(
+        torch.float32, eight_bit=True
+    )
+
+
+def test_eight_bits_carry_no_gradient() -> None:
+    geometry = CacheGeometry(layers=1, heads=1, head_dim=4, tokens_per_frame=1, history=History(chunk=1, window=2))
+    with pytest.raises(InputError, match="has eight bits, expected no gradient"):
+        EightBitCache(geometry, 1, torch.float32).update(0, 0, 1, torch.randn(2, 1, 1, 1, 4, requires_grad=True))

@@ -401,3 +401,11 @@ def test_the_declared_bytes_are_those_that_a_session_holds(engine: StreamingEngi
     held += sum(part.nbytes for part in session.decoder_state or ())
     held += sum(chunk.latents.nbytes for chunk in [*session.kept, *session.begun])
     assert held <= engine.bytes_per_session <= 1.2 * held
+
+
+def test_an_eight_bit_cache_halves_a_session_and_shows_nearly_the_same(tiny_world: Path) -> None:
+    world = load_world(tiny_world, torch.float32)
+    whole, eight = StreamingEngine(world, 1), StreamingEngine(world, 1, eight_bit_cache=True)
+    exact, rounded = (np.stack(fresh(engine, [FORWARD, RIGHT] * 3)).astype(int) for engine in (whole, eight))
+    assert eight.bytes_per_session < whole.bytes_per_session
+    assert 0 < np.abs(exact - rounded).mean() < 1

@@ -17,6 +17,8 @@ from minwm.models.context import Beside, History, attention
 from minwm.models.prope import invert, transform
 from minwm.models.rope import rotate
 
+_STEPS = 127  # of eight bits, on each side of zero
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheGeometry:
@@ -44,10 +46,11 @@ class CacheGeometry:
         """Latent frames that fit: sink and window."""
         return self.history.sink + self.history.window
 
-    def bytes(self, dtype: torch.dtype) -> int:
+    def bytes(self, dtype: torch.dtype, *, eight_bit: bool = False) -> int:
         """Memory of one stream: keys and values, and those of its sink once more, raw."""
-        raw = self.history.sink * self.tokens_per_frame * self.heads // self.branches
-        return 2 * self.layers * self.head_dim * (self.heads * self.tokens + raw) * dtype.itemsize
+        raw = self.history.sink * self.tokens_per_frame * self.heads // self.branches * self.head_dim * dtype.itemsize
+        each = self.head_dim + torch.float32.itemsize if eight_bit else self.head_dim * dtype.itemsize
+        return 2 * self.layers * (self.heads * self.tokens * each + raw)
 
 
 class KVCache:
@@ -118,8 +121,8 @@ class KVCache:
             if self.geometry.branches > 1:
                 assert inverse is not None, "a branch by camera has cameras"
                 branches.append((transform(k, inverse), transform(v, inverse)))
-            for part, placed in enumerate(zip(*branches, strict=True)):
-                self._store[layer, part, :, :, room : room + tokens] = torch.cat(placed, dim=2).transpose(1, 2)
+            placed = [torch.cat(part, dim=2).transpose(1, 2) for part in zip(*branches, strict=True)]
+            self._put(layer, slice(room, room + tokens), torch.stack(placed))
 
     @torch.no_grad()
     def move_world(self, motion: Tensor) -> None:
@@ -130,28 +133,32 @@ class KVCache:
         g = self.geometry
         if g.branches == 1:
             return
-        inverse = invert(motion.double()).float()
+        inverse = invert(motion.double()).float()[:, None]
+        frames = slice(g.beside, g.tokens)
         self._own()
-        stored = self._store[:, :, :, g.heads // 2 :, g.beside :]
-        for layer in stored:
-            for part in layer:
-                part.copy_(transform(part.transpose(1, 2), inverse[:, None]).transpose(1, 2))
+        for layer in range(g.layers):
+            by_position, by_camera = self._get(layer, frames).chunk(2, dim=2)
+            moved = [transform(part.transpose(1, 2), inverse).transpose(1, 2) for part in by_camera]
+            self._put(layer, frames, torch.cat([by_position, torch.stack(moved).to(by_position.dtype)], dim=2))
 
     def state(self) -> dict[str, Tensor]:
         """All that it holds of the frames, to be copied before the next pass; a prompt's keys are not among it."""
-        return {"store": self._store, "raw": self._raw, "end": torch.tensor(self._end)}
+        return {**self._tensors(), "end": torch.tensor(self._end)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`, of a cache of the same geometry, batch and dtype."""
-        for own, name in ((self._store, "store"), (self._raw, "raw")):
-            if own.shape != state[name].shape or own.dtype != state[name].dtype:
+        """The inverse of `state`. Raises InputError for that of another geometry, batch or dtype."""
+        own = self._tensors()
+        if missing := own.keys() - state.keys():
+            raise InputError(f"cache: {', '.join(sorted(missing))} is missing, expected {', '.join(sorted(own))}")
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape or tensor.dtype != state[name].dtype:
                 raise InputError(
                     f"cache {name}: is {state[name].dtype} of shape {tuple(state[name].shape)}, "
-                    f"expected {own.dtype} of {tuple(own.shape)}"
+                    f"expected {tensor.dtype} of {tuple(tensor.shape)}"
                 )
         self.reset()
-        self._store.copy_(state["store"])
-        self._raw.copy_(state["raw"])
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
         self._end = int(state["end"])
 
     def update(
@@ -180,36 +187,52 @@ class KVCache:
             raise InputError(f"keys and values have shape {tuple(kv.shape)}, expected {expected} as the cache")
         beside_grad = beside is not None and beside.keys.requires_grad
         grad = torch.is_grad_enabled() and (gradient or kv.requires_grad or beside_grad)
-        if grad:
-            stored = (self._store if past is None else past)[layer].clone()
-            self._lent = True
-        else:
-            if start + frames > self.geometry.frames:
-                self._own()
-            stored = self._store[layer]
+        pieces = [
+            (slice(room + slot * n, room + (slot + count) * n), kv[..., first * n : (first + count) * n, :])
+            for first, count, slot in self._runs(range(start, start + frames))
+        ]
+        length = 0 if beside is None else beside.keys.shape[1]
+        if beside is not None and (grad or beside is not self._beside[layer]):
+            pieces.append((slice(room - length, room), self._laid_out(beside)))
         self._end = max(self._end, start + frames)
-        kv = kv.to(stored.dtype)
-        for first, count, slot in self._runs(range(start, start + frames)):
-            stored[..., room + slot * n : room + (slot + count) * n, :] = kv[..., first * n : (first + count) * n, :]
-        length = 0
-        if beside is not None:
-            length = beside.keys.shape[1]
-            if grad or beside is not self._beside[layer]:
-                stored[..., room - length : room, :] = self._laid_out(beside)
-                if not grad:
-                    self._beside[layer] = beside
-        return self._seen(stored, start + frames, length, window)
+        places = self._places(start + frames, length, window)
+        if grad:
+            stored = self._copied(layer, past)
+            for place, values in pieces:
+                stored[..., place, :] = values.to(stored.dtype)
+            return _joined([stored[..., place, :] for place in places])
+        if start + frames > self.geometry.frames:
+            self._own()
+        for place, values in pieces:
+            self._put(layer, place, values)
+        self._beside[layer] = beside if beside is not None else self._beside[layer]
+        return _joined([self._get(layer, place) for place in places])
 
-    def _seen(self, stored: Tensor, end: int, length: int, window: int | None) -> Tensor:
-        """Of one layer: what is beside the frames, the sink and the last frames before `end`."""
+    def _places(self, end: int, length: int, window: int | None) -> list[slice]:
+        """Where all that a pass before frame `end` sees lies: beside the frames, the sink, the last frames."""
         g = self.geometry
         n, room, sink = g.tokens_per_frame, g.beside, g.history.sink
         if window is None or window == g.history.window or end <= sink + window:
-            return stored[..., room - length : room + min(end, g.frames) * n, :]
-        pieces = [stored[..., room - length : room + sink * n, :]]
-        for _, count, slot in self._runs(range(max(sink, end - window), end)):
-            pieces.append(stored[..., room + slot * n : room + (slot + count) * n, :])
-        return torch.cat(pieces, dim=-2)
+            return [slice(room - length, room + min(end, g.frames) * n)]
+        runs = self._runs(range(max(sink, end - window), end))
+        frames = [slice(room + slot * n, room + (slot + count) * n) for _, count, slot in runs]
+        return [slice(room - length, room + sink * n), *frames]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"store": self._store, "raw": self._raw}
+
+    def _put(self, layer: int, place: slice, kv: Tensor) -> None:
+        """Write keys and values (2, b, h, n, d) of one layer."""
+        self._store[layer][..., place, :] = kv
+
+    def _get(self, layer: int, place: slice) -> Tensor:
+        """Keys and values (2, b, h, n, d) of one layer."""
+        return self._store[layer][..., place, :]
+
+    def _copied(self, layer: int, past: Tensor | None) -> Tensor:
+        """A layer's entries for a pass with gradient to write into; those that are stored must stay as they are."""
+        self._lent = True
+        return (self._store if past is None else past)[layer].clone()
 
     def _own(self) -> None:
         """Before stored entries are changed: passes that are to be made again keep the old ones."""
@@ -222,7 +245,7 @@ class KVCache:
             raise InputError(
                 f"prompt: has {beside.keys.shape[1]} tokens, expected at most the cache's {self.geometry.beside}"
             )
-        return torch.stack(beside.repeated(self.geometry.heads)).transpose(2, 3).to(self._store.dtype)
+        return torch.stack(beside.repeated(self.geometry.heads)).transpose(2, 3)
 
     def _runs(self, frames: Sequence[int]) -> list[tuple[int, int, int]]:
         """(offset among the frames, count, slot) of every contiguous piece that the frames occupy."""
@@ -239,6 +262,41 @@ class KVCache:
     def _slot(self, frame: int) -> int:
         sink, window = self.geometry.history.sink, self.geometry.history.window
         return frame if frame < sink else sink + (frame - sink) % window
+
+
+class EightBitCache(KVCache):
+    """A cache of half the size: whole numbers from −127 to 127, with a float32 scale for every head of every token.
+
+    What is read is off by half a step at most, a 254th of the largest number that shares its scale. For passes without
+    gradient alone.
+    """
+
+    def __init__(
+        self, geometry: CacheGeometry, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        """dtype: of the sink's raw keys and values."""
+        super().__init__(geometry, batch, torch.int8, device)
+        self._raw = self._raw.to(dtype)
+        self._scale = torch.ones((*self._store.shape[:-1], 1), device=device)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**super()._tensors(), "scale": self._scale}
+
+    def _put(self, layer: int, place: slice, kv: Tensor) -> None:
+        scale = kv.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / _STEPS
+        self._store[layer][..., place, :] = (kv.float() / scale).round().to(torch.int8)
+        self._scale[layer][..., place, :] = scale
+
+    def _get(self, layer: int, place: slice) -> Tensor:
+        return self._store[layer][..., place, :] * self._scale[layer][..., place, :]
+
+    def _copied(self, layer: int, past: Tensor | None) -> Tensor:
+        raise InputError("cache: has eight bits, expected no gradient to flow past it")
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    """One after the other; what lies together already is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces), dim=-2)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from minwm.diffusion import samplers
 from minwm.diffusion.flow import TIMESTEPS
 from minwm.errors import InputError
-from minwm.models.cache import Cached, KVCache
+from minwm.models.cache import Cached, EightBitCache, KVCache
 from minwm.models.combined import InTurn
 from minwm.models.conditions import Conditions
 from minwm.models.context import History
@@ -24,8 +24,16 @@ from minwm.models.transformer import Prompt, Transformer
 class ChunkRollout:
     """`batch` worlds that advance together, from latent frame 0 on."""
 
-    def __init__(self, model: Transformer, history: History, latent_shape: Sequence[int], *, batch: int = 1) -> None:
-        """latent_shape: (c, y, x) of one latent frame."""
+    def __init__(
+        self,
+        model: Transformer,
+        history: History,
+        latent_shape: Sequence[int],
+        *,
+        batch: int = 1,
+        eight_bit: bool = False,
+    ) -> None:
+        """latent_shape: (c, y, x) of one latent frame; eight_bit: keep half as many bytes, see EightBitCache."""
         rows, columns = latent_shape[-2:]
         parameter = next(model.parameters())
         self._model = model
@@ -34,7 +42,8 @@ class ChunkRollout:
         patch = model.architecture.patch
         self._grid = rows // patch[0], columns // patch[1]
         geometry = model.architecture.cache_geometry(rows, columns, history)
-        self.cache = KVCache(geometry, batch, parameter.dtype, parameter.device)
+        kind = EightBitCache if eight_bit else KVCache
+        self.cache = kind(geometry, batch, parameter.dtype, parameter.device)
         self.frames = 0
         """Latent frames committed so far."""
         self.sinks: Cameras | None = None

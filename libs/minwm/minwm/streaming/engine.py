@@ -88,9 +88,18 @@ class _Ready:
 class StreamingEngine:
     """Runs up to `slots` sessions of one world model, whose memory is taken at once."""
 
-    def __init__(self, world: World, slots: int, *, steps: int | None = None, fuse_context: bool = False) -> None:
+    def __init__(
+        self,
+        world: World,
+        slots: int,
+        *,
+        steps: int | None = None,
+        fuse_context: bool = False,
+        eight_bit_cache: bool = False,
+    ) -> None:
         """steps: denoising steps a chunk; the world's own default if not given.
 
+        eight_bit_cache: sessions of half the size, a little off (minwm.models.cache.EightBitCache)
         fuse_context: a chunk whose context is not settled is written in one pass with the next one's first step: fewer
             passes in all, but on the path from action to frame. Not for models with a sink
         """
@@ -103,9 +112,10 @@ class StreamingEngine:
         self._intrinsics = torch.tensor([world.card.intrinsics])
         parameter = next(world.backbone.model.parameters())
         self._dtype, self.device = parameter.dtype, parameter.device
+        self._eight_bit = eight_bit_cache
         self._free = [self._new_rollout() for _ in range(slots)]
         self._slots = slots
-        self._cache_bytes = self._new_rollout().cache.geometry.bytes(self._dtype)
+        self._cache_bytes = self._new_rollout().cache.geometry.bytes(self._dtype, eight_bit=eight_bit_cache)
         self._prompts: dict[str, Prompt] = {}
         self._captions: Counter[str] = Counter()
         card = world.card
@@ -385,7 +395,8 @@ class StreamingEngine:
         return channels, card.height // PIXELS_PER_LATENT, card.width // PIXELS_PER_LATENT
 
     def _new_rollout(self) -> ChunkRollout:
-        return ChunkRollout(self.world.backbone.model, self._history, self._latent_shape())
+        model = self.world.backbone.model
+        return ChunkRollout(model, self._history, self._latent_shape(), eight_bit=self._eight_bit)
 
     def _picture(self, start: NDArray[np.uint8] | str | None) -> NDArray[np.uint8] | None:
         if start is None:
