@@ -21,7 +21,7 @@ play: setup ## serve a world and walk through it (WORLD=runs/demo/world WALK='w*
 	@$(VENV)/bin/minwm demo --world $(WORLD) --keys '$(WALK)' --out runs/play
 
 eval: setup ## measure the shipped model on play it has never seen; results in runs/eval/wan-doom.{json,html}
-	@$(VENV)/bin/minwm eval $(firstword $(wildcard models/wan-doom/model) models/wan-doom/base --autoencoder models/wan-doom/autoencoder) \
+	@$(VENV)/bin/minwm eval $(if $(wildcard models/wan-doom/model),models/wan-doom/model,models/wan-doom/base --autoencoder models/wan-doom/autoencoder) \
 		--base models/wan-doom/base --judge models/doom-judge $(patsubst %,--teacher %,$(wildcard models/wan-doom/teacher.npz)) --full --record --data runs/eval/play --out runs/eval/wan-doom
 
 bench-streaming: setup ## how fast sessions stream here, beside the limit; runs/bench/streaming.json, plots in docs/assets
