@@ -11,38 +11,37 @@ do its chunks take longer as it does?
 
 A chunk is all that is done between two boundaries, so frames/s can be kept up for ever. action_to_frame_ms is from a
 control at the boundary to the chunk's frames; the wait for the boundary comes on top. matmul_share is the limit over
-the whole chunk; denoiser_over_limit and baseline_over_denoiser compare the transformer's passes, all of a chunk, alone.
+the whole chunk; fused_ms is a chunk whose predecessor's context is written with its own first step, which is then also
+its action to frame; denoiser_over_limit and baseline_over_denoiser compare the transformer's passes of a chunk alone.
 """
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
 import typer
 from baseline_loop import BaselineLoop, decode_clip, whole_window, without_cache
 from streaming_report import draw, show
+from streaming_worlds import Decoder, random_world, usual_sizes, world_config
 from torch import Tensor
 
-from minwm.errors import ConfigError, SessionError
-from minwm.geometry.live import CameraVelocity, Speeds
-from minwm.models.autoencoder import Autoencoder, AutoencoderConfig, DecoderConfig, TinyDecoder
-from minwm.models.backbones import Backbone
+from minwm.errors import SessionError
+from minwm.geometry.live import CameraVelocity
 from minwm.models.context import History
-from minwm.models.costs import chunk_flops, latent_size, picture_size
-from minwm.models.layout import FRAMES_PER_LATENT, LatentLayout, VideoAutoencoder
-from minwm.models.presets import WorldConfig, preset
+from minwm.models.costs import chunk_flops, latent_size
+from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.rollout import ChunkRollout
-from minwm.models.wan import WanConfig
-from minwm.models.worlds import World, WorldCard
+from minwm.models.worlds import World
 from minwm.progress import progress_bar
-from minwm.streaming.engine import Chunk, StreamingEngine
-from minwm.streaming.session import Fidelity, Session, Turn
+from minwm.streaming import Chunk, Fidelity, Session, StreamingEngine, Turn
+from minwm.streaming.snapshot import read, restore, take
+from minwm.streaming.snapshot import write as write_snapshot
 from models import (
     Device,
     Precision,
@@ -53,7 +52,6 @@ from models import (
     machine,
     matrix_peak,
     random_conditions,
-    random_model,
     require_memory,
     settle,
     write,
@@ -61,13 +59,6 @@ from models import (
 
 POINTS = 50  # of the curve over a session's length
 VELOCITY = CameraVelocity(forward=1.0, yaw=10.0)
-
-
-class Decoder(StrEnum):
-    """Of presets that have a published autoencoder; `wan-doom` has its own."""
-
-    tiny = "tiny"
-    published = "published"
 
 
 @dataclass(frozen=True)
@@ -138,79 +129,16 @@ def main(
     show(report)
 
 
-def world_config(name: str, chunk: int | None, fidelities: Sequence[str] | None) -> tuple[WorldConfig, list[Fidelity]]:
-    """The preset with a window as wide as the fidelities ask for, and these: by default full, fewer steps, half window.
-
-    Raises ConfigError for a backbone that the baseline loop is not of.
-    """
-    config = preset(name)
-    if not isinstance(config.architecture, WanConfig):
-        raise ConfigError(f"preset {name!r}: expected a Wan, which the baseline loop is of")
-    window = config.history.window
-    usual = [Fidelity(steps=steps, window=wide) for steps, wide in ((4, window), (2, window), (4, window // 2))]
-    asked = [parse_fidelity(text) for text in fidelities or ()]
-    levels = asked or [fidelity for fidelity in usual if fidelity.steps in config.levels]
-    history = replace(
-        config.history, chunk=chunk or config.history.chunk, window=max(fidelity.window for fidelity in levels)
-    )
-    return replace(config, history=history), levels
-
-
-def parse_fidelity(text: str) -> Fidelity:
-    """`4:16` is four steps and a window of sixteen."""
-    steps, _, window = text.partition(":")
-    if not (steps.isdecimal() and window.isdecimal()):
-        raise typer.BadParameter(f"fidelity {text!r}: expected STEPS:WINDOW, as 4:16")
-    return Fidelity(steps=int(steps), window=int(window))
-
-
-def usual_sizes(name: str) -> Sequence[str]:
-    """That a preset is timed at unless asked otherwise."""
-    return ("96x128", "144x192") if name == "wan-doom" else ("{}x{}".format(*picture_size(name)),)
-
-
-def random_world(config: WorldConfig, size: str, decoder: Decoder, device: Device, dtype: torch.dtype) -> World:
-    """A world of random weights. Raises ConfigError for a size that is no whole number of tokens."""
-    height, _, width = size.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise typer.BadParameter(f"size {size!r}: expected HEIGHTxWIDTH, as 96x128")
-    card = WorldCard(
-        name=config.preset,
-        height=int(height),
-        width=int(width),
-        fps=17.5,
-        intrinsics=(0.5, 0.5 * int(width) / int(height), 0.5, 0.5),
-        speeds=Speeds(move=1.0, turn=30.0),
-    )
-    architecture = config.architecture
-    latent_size(architecture, card.height, card.width)
-    model = random_model(architecture, device, dtype)
-    backbone = Backbone(model, config, lambda prompts: longest_prompt(architecture, device, len(prompts)))
-    autoencoder = random_autoencoder(architecture, decoder).eval().requires_grad_(False).to(device.value, dtype)
-    return World(card, backbone, autoencoder, {})
-
-
-def random_autoencoder(architecture: WanConfig, decoder: Decoder) -> VideoAutoencoder:
-    """The one that a preset streams through."""
-    if architecture.byte_text:
-        return Autoencoder(AutoencoderConfig(latent_channels=architecture.channels))
-    if decoder is Decoder.tiny:
-        return TinyDecoder(DecoderConfig(layout=LatentLayout(channels=architecture.channels, pixels=8, leading=True)))
-    from diffusers import AutoencoderKLWan
-
-    from minwm.models.wan_vae import WanVAE
-
-    return WanVAE(AutoencoderKLWan())
-
-
 class Streams:
     """Sessions that advance together: all that this benchmark asks of the engine.
 
     parts: seconds that each `advance` took to denoise and to decode
     """
 
-    def __init__(self, work: Workload) -> None:
-        self._work, self._engine = work, StreamingEngine(work.world, work.sessions)
+    def __init__(self, work: Workload, *, fuse: bool = False) -> None:
+        """fuse: write a chunk's context in one pass with the next one's first step, where it is not settled."""
+        self._work = work
+        self._engine = StreamingEngine(work.world, work.sessions + 1, fuse_context=fuse)
         self._sessions: list[Session] = []
         self.parts: list[tuple[float, float]] = []
 
@@ -240,6 +168,27 @@ class Streams:
         """What an open session keeps."""
         return self._engine.bytes_per_session
 
+    def kept(self) -> dict[str, float]:
+        """Size of a session's snapshot, and milliseconds to take, write, read and restore it."""
+        engine, spent, began = self._engine, {}, time.perf_counter()
+
+        def lap(name: str) -> None:
+            nonlocal began
+            settle(self._work.device)
+            spent[f"{name}_ms"], began = 1e3 * (time.perf_counter() - began), time.perf_counter()
+
+        snapshot = take(engine, self._sessions[0])
+        lap("snapshot")
+        with TemporaryDirectory() as folder:
+            write_snapshot(snapshot, Path(folder) / "kept")
+            lap("snapshot_write")
+            snapshot = read(Path(folder) / "kept")
+            lap("snapshot_read")
+        session = restore(engine, snapshot)
+        lap("restore")
+        engine.close(session)
+        return {"snapshot_bytes": snapshot.nbytes, **spent}
+
 
 def row(work: Workload, repeats: int, peak: float | None) -> dict[str, Any]:
     """The figures of one workload, or why there are none."""
@@ -248,8 +197,8 @@ def row(work: Workload, repeats: int, peak: float | None) -> dict[str, Any]:
     about |= {"steps": work.fidelity.steps, "window": work.fidelity.window, "sessions": work.sessions}
     about |= {"device": machine(work.device)["device"]}
     dtype = work.noise(1).dtype
-    try:  # three caches: the engine's, the baseline's, and the one that the limit reads
-        require_memory(replace(config, history=work.history), work.latents, work.device, dtype, 3 * work.sessions)
+    try:  # four caches: the engines', the baseline's, and the one that the limit reads; one more to restore to
+        require_memory(replace(config, history=work.history), work.latents, work.device, dtype, 4 * work.sessions + 2)
         return about | measure(work, repeats, peak)
     except torch.OutOfMemoryError as error:
         return about | {"skipped": str(error).partition("\n")[0]}
@@ -259,12 +208,15 @@ def measure(work: Workload, repeats: int, peak: float | None) -> dict[str, Any]:
     """Figures of the engine at a full window, and of what is timed in turn with it."""
     streams = Streams(work)
     first = [first_frame(streams, work.device) for _ in range(repeats + 1)][1:]
-    streams.open()
-    for _ in range(0, work.history.window, work.history.chunk):
-        streams.advance()
-        streams.settle()
+    fused = Streams(work, fuse=True)
+    for each in (streams, fused):
+        each.open()
+        for _ in range(0, work.history.window + work.history.chunk, work.history.chunk):
+            each.advance()
+            streams.settle()
     streams.parts.clear()
-    runs = {"advance": streams.advance, "context": streams.settle, **rivals(work), **limit(work)}
+    runs = {"advance": streams.advance, "context": streams.settle, "fused": fused.advance}
+    runs |= {**rivals(work), **limit(work)}
     rounds = in_turn(runs, work.device, repeats)
     denoise, decode = (list(part) for part in zip(*streams.parts[-repeats:], strict=True))
     advance, context = rounds["advance"], rounds["context"]
@@ -282,8 +234,10 @@ def measure(work: Workload, repeats: int, peak: float | None) -> dict[str, Any]:
         "fps": work.frames / seconds["chunk"],
         **{f"{name}_ms": 1e3 * seconds[name] for name in parts},
         "action_to_frame_ms": 1e3 * seconds["advance"],
+        "fused_ms": 1e3 * seconds["fused"],
         **comparisons(work, seconds, peak),
         "bytes_per_session": streams.bytes_per_session,
+        **streams.kept(),
     }
 
 

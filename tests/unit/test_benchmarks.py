@@ -62,7 +62,14 @@ def streaming_report() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def streaming(models: ModuleType, baseline_loop: ModuleType, streaming_report: ModuleType) -> Iterator[ModuleType]:
+def streaming_worlds(models: ModuleType) -> Iterator[ModuleType]:
+    yield from script("streaming_worlds")
+
+
+@pytest.fixture(scope="module")
+def streaming(
+    baseline_loop: ModuleType, streaming_report: ModuleType, streaming_worlds: ModuleType
+) -> Iterator[ModuleType]:
     yield from script("streaming")
 
 
@@ -161,7 +168,9 @@ def test_a_streaming_row_is_of_one_chunk_its_parts_and_its_rivals(streaming: Mod
         assert row["limit_fps"] * row["matmul_share"] == pytest.approx(row["fps"])
         assert row["action_to_frame_ms"] == pytest.approx(row["chunk_ms"] - row["context_ms"])
         assert {"ttff_ms", "baseline_fps", "no_cache_fps", "bytes_per_session"} <= row.keys()
-        assert {"denoiser_over_limit", "baseline_over_denoiser"} <= row.keys()
+        assert {"denoiser_over_limit", "baseline_over_denoiser", "fused_ms"} <= row.keys()
+        assert row["snapshot_bytes"] <= 1.1 * row["bytes_per_session"]
+        assert {"snapshot_ms", "snapshot_write_ms", "snapshot_read_ms", "restore_ms"} <= row.keys()
     (curve,) = report["length"]
     assert curve["frames"] == list(range(8, 89, 8)), "chunks of eight frames"
     assert len(curve["chunk_ms"]) == 11 and min(curve["chunk_ms"]) > 0
@@ -172,11 +181,15 @@ def test_a_streaming_row_is_of_one_chunk_its_parts_and_its_rivals(streaming: Mod
 
 
 def test_streaming_goes_on_without_a_camera_and_with_a_text_encoder_s_prompts(
-    streaming: ModuleType, new_backbone: Callable[..., Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    streaming: ModuleType,
+    streaming_worlds: ModuleType,
+    new_backbone: Callable[..., Backbone],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As Wan's own presets do, and with the tiny decoder, whose first latent frame is one RGB frame."""
     config = new_backbone(History(chunk=3, window=9), conditions=(), byte_text=False).config
-    monkeypatch.setattr(streaming, "preset", lambda name: replace(config, preset=name))
+    monkeypatch.setattr(streaming_worlds, "preset", lambda name: replace(config, preset=name))
     what = ("--preset", "published", "--size", "32x48", "--sessions", "1", "--chunk", "2", "--length", "0")
     report = run(streaming, tmp_path, *what, "--dtype", "float32")
     assert [(row["steps"], row["window"], row["chunk"]) for row in report["figures"]] == [
@@ -211,7 +224,11 @@ def test_the_limit_of_a_chunk_is_the_arithmetic_of_its_passes_and_of_its_decodin
 
 
 def test_what_does_not_fit_is_skipped_and_what_is_not_understood_is_refused(
-    streaming: ModuleType, models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    streaming: ModuleType,
+    streaming_worlds: ModuleType,
+    models: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(models, "MEMORY_SHARE", 1e-6)
     report = run(streaming, tmp_path, "--size", "16x32", "--sessions", "1", "--fidelity", "1:2", "--length", "8")
@@ -219,8 +236,10 @@ def test_what_does_not_fit_is_skipped_and_what_is_not_understood_is_refused(
     assert row["skipped"].startswith("takes ") and report["length"] == []
     for text in ("4", "4x16", ":16", "-4:16"):
         with pytest.raises(typer.BadParameter, match="expected STEPS:WINDOW, as 4:16"):
-            streaming.parse_fidelity(text)
+            streaming_worlds.parse_fidelity(text)
     with pytest.raises(ConfigError, match="expected a Wan"):
-        streaming.world_config("hunyuanvideo-1.5-8b", None, None)
+        streaming_worlds.world_config("hunyuanvideo-1.5-8b", None, None)
     with pytest.raises(typer.BadParameter, match="expected HEIGHTxWIDTH"):
-        streaming.random_world(preset("wan-doom"), "96", streaming.Decoder.tiny, streaming.Device.cpu, torch.float32)
+        streaming_worlds.random_world(
+            preset("wan-doom"), "96", streaming.Decoder.tiny, streaming.Device.cpu, torch.float32
+        )

@@ -231,6 +231,8 @@ class StreamingEngine:
         """One chunk of each session of a group, in one pass a step."""
         started = time.perf_counter()
         latents = self._denoise(group)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # for an honest time; the frames are waited for in any case
         denoised = time.perf_counter()
         state = join_states([ready.session.decoder_state for ready in group])
         frames, state = self.world.autoencoder.decode(latents, state)
