@@ -47,3 +47,19 @@ def test_each_published_line_has_every_stage() -> None:
     stages = {"bidirectional", "autoregressive", "trajectories", "ode", "consistency", "dmd"}
     for line in ("wan2.1-1.3b", "hunyuanvideo-1.5-8b"):
         assert {path.stem for path in PATHS if path.parent.name == line} == stages
+
+
+DOOM = sorted(path for path in (ROOT / "doom").rglob("*.yaml") if "demo" not in path.parts)
+QUESTIONS = {path for path in DOOM if path.parent.name == "ablations" and "arms:" in path.read_text()}
+
+
+@pytest.mark.parametrize("path", [path for path in DOOM if path not in QUESTIONS], ids=_name)
+def test_recipes_of_the_small_line_load_and_take_up_where_another_ends(path: Path) -> None:
+    if path.stem == "trajectories":
+        backbone = load_trajectories_recipe(path).backbone
+    else:
+        recipe = load_recipe(path)
+        backbone = recipe.backbone
+        assert path.stem in (recipe.stage, "start", "control", "autoregressive_long")
+    if backbone.startswith("runs/doom/"):
+        assert (ROOT / "doom" / f"{Path(backbone).parent.name}.yaml").is_file(), f"nothing makes {backbone}"
