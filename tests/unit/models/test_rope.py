@@ -62,3 +62,13 @@ def test_rotation_keeps_lengths_and_the_data_type() -> None:
     rotated = rotate(x, rotation((100_000,), 2, 3, (24, 20, 20), CPU))
     assert rotated.dtype == torch.float32
     torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1), rtol=1e-5, atol=0)
+
+
+def test_what_is_compiled_rotates_in_real_numbers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2)
+    x, turns = torch.randn(2, 6, 3, 64), rotation((7,), 2, 3, (24, 20, 20), CPU)
+    as_complex = rotate(x, turns)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(x, turns), as_complex, rtol=0, atol=1e-6)
+    each = torch.stack([turns, rotation((9,), 2, 3, (24, 20, 20), CPU)])
+    torch.testing.assert_close(rotate(x, each)[0], as_complex[0], rtol=0, atol=1e-6)

@@ -55,6 +55,9 @@ def _angles(positions: Sequence[int], width: int, theta: float) -> Tensor:
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate tokens x (b, n, h, d), float32 or better, by cosines and sines (n, d/2, 2) or (b, n, d/2, 2)."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = rotation[..., None, :, :].unbind(-1)  # in real numbers: compilers fuse these, and no complex ones
+    pairs, turns = x.unflatten(-1, (-1, 2)), rotation[..., None, :, :]
+    if not torch.compiler.is_compiling():
+        turned = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
+        return torch.view_as_real(turned).flatten(-2)
+    (a, b), (cosine, sine) = pairs.unbind(-1), turns.unbind(-1)  # compilers fuse real numbers, and no complex ones
     return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2)
