@@ -1,7 +1,8 @@
 """Sessions on top of the cached chunk rollout. Imports nothing of training."""
 
 from minwm.models.worlds import World, load_world
-from minwm.streaming.engine import Chunk, StreamingEngine, StreamSpec
-from minwm.streaming.session import Fidelity, Session, Turn
+from minwm.streaming.engine import StreamingEngine
+from minwm.streaming.session import Session, Turn
+from minwm.streaming.stream import Chunk, Fidelity, StreamSpec
 
 __all__ = ["Chunk", "Fidelity", "Session", "StreamSpec", "StreamingEngine", "Turn", "World", "load_world"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from minwm.diffusion import samplers
 from minwm.diffusion.flow import TIMESTEPS
 from minwm.errors import InputError, SessionError
-from minwm.geometry.live import CameraVelocity, Speeds, advance
+from minwm.geometry.live import CameraVelocity, advance
 from minwm.models.autoencoder import PIXELS_PER_LATENT
 from minwm.models.combined import join_conditions, join_prompts, together
 from minwm.models.conditions import Conditions, first_image
@@ -31,37 +31,10 @@ from minwm.models.rollout import ChunkRollout
 from minwm.models.transformer import Prompt
 from minwm.models.worlds import World
 from minwm.randomness import generator
-from minwm.streaming.session import Clean, Fidelity, Session, Turn, conditions_of, join_states
+from minwm.streaming.session import Clean, Session, Turn, conditions_of, join_states
+from minwm.streaming.stream import Chunk, Fidelity, StreamSpec
 
 _FARTHEST = 1e30  # what float32 can square comes close
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamSpec:
-    """What a client has to know of the stream."""
-
-    model: str
-    height: int
-    width: int
-    fps: float
-    frames_per_chunk: int
-    speeds: Speeds
-    start_images: tuple[str, ...]
-
-    @property
-    def chunk_seconds(self) -> float:
-        """Playing time of one chunk."""
-        return self.frames_per_chunk / self.fps
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """frames (t, y, x, 3) uint8, and how long making them took: the whole batch's time, where there was one."""
-
-    index: int
-    frames: NDArray[np.uint8]
-    denoise_seconds: float
-    decode_seconds: float
 
 
 @dataclass(frozen=True)

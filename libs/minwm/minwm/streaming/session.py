@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minwm.errors import ConfigError
 from minwm.geometry.actions import from_poses
 from minwm.geometry.camera import invert
 from minwm.geometry.live import CameraVelocity
@@ -22,30 +21,10 @@ from minwm.models.conditions import Conditions
 from minwm.models.prope import Cameras
 from minwm.models.rollout import ChunkRollout
 from minwm.models.transformer import Prompt
+from minwm.streaming.stream import Fidelity
 
 ANCHOR_REACH = 8.0
 """World units from its origin beyond which a session moves its origin to the camera, once in a window at most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fidelity:
-    """How a chunk is made; it may change from chunk to chunk.
-
-    steps:  of denoising, one of the numbers that the model was trained for
-    window: latent frames attended to, the chunk's included
-    euler:  straight steps along the ODE instead of predicting and noising again
-    Both numbers are the model's own if not given.
-    """
-
-    steps: int | None = None
-    window: int | None = None
-    euler: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"fidelity.{name}={value}: expected at least 1")
 
 
 @dataclass(frozen=True)
