@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -65,16 +66,16 @@ class Device:
     fixed: float = 0.0
     jitter: float = 0.05
     seed: int = 0
-    random: random.Random = field(init=False)
+    draws: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)
+        self.draws = random.Random(self.seed)
 
     def mean(self, key: Hashable, size: int) -> float:
         return self.cost[key] * (self.fixed + (1 - self.fixed) * size)
 
     def compute(self, batch: Batch) -> float:
-        wobble = self.random.uniform(1 - self.jitter, 1 + self.jitter)
+        wobble = self.draws.uniform(1 - self.jitter, 1 + self.jitter)
         return self.mean(batch.sessions[0].key, len(batch.sessions)) * wobble
 
 
@@ -161,7 +162,7 @@ def test_a_load_that_only_batches_carry_is_carried_and_is_known_to_fit() -> None
     assert max(one.late for one in served) == 0
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     sessions=st.lists(st.integers(1, 8), min_size=2, max_size=4),
     weights=st.lists(st.floats(0.5, 4), min_size=4, max_size=4),
@@ -190,7 +191,7 @@ def test_no_session_starves(sessions: dict[str, int]) -> None:
     weights = {"a": 1.0, "b": 5.0, "c": 0.2}
     device, largest = Device({"key": 0.1}), 4
     clients = tenants_of(sessions)
-    served = simulate(DeadlineScheduler(weights, largest), clients, device, 600.0)
+    served = simulate(DeadlineScheduler(weights, largest), clients, device, 300.0)
     longest, total = device.mean("key", largest) * 1.05, sum(weights[name] for name in sessions)
     for client in clients:
         bound = 4 * longest * ((sessions[client.tenant] + 1) * total / weights[client.tenant] + len(sessions))
@@ -199,21 +200,21 @@ def test_no_session_starves(sessions: dict[str, int]) -> None:
         assert max(late) <= bound, client.name
 
 
-@pytest.mark.parametrize("lone_key", ["key", "other"])
-def test_a_greedy_tenant_does_not_hurt_one_that_stays_within_its_share(lone_key: str) -> None:
-    clients = [Client("lone", "modest", lone_key), *tenants_of({"greedy": 20})]
-    served = simulate(DeadlineScheduler({}, 4), clients, Device({"key": 0.04, "other": 0.04}), 100.0)
-    assert max(one.late for one in served if one.client.tenant == "modest") == 0
+@pytest.mark.parametrize(("key", "cost"), [("key", 0.04), ("other", 0.04), ("other", 0.1), ("other", 0.2)])
+def test_a_greedy_tenant_does_not_hurt_one_that_stays_within_its_share(key: str, cost: float) -> None:
+    clients = [Client("lone", "modest", key), *tenants_of({"greedy": 20})]
+    served = simulate(DeadlineScheduler({}, 4), clients, Device({"key": 0.04, "other": cost}), 60.0)
+    assert max(one.late for one in served if one.client.tenant == "modest") == 0, f"needs {cost / PLAY:.0%} of a half"
     assert max(one.late for one in served if one.client.tenant == "greedy") > 1
 
 
-def test_one_that_can_never_keep_up_does_not_hurt_the_others() -> None:
+def test_one_that_can_never_keep_up_costs_the_others_next_to_nothing() -> None:
     clients = [Client("hopeless", "greedy", "huge"), *tenants_of({"b": 2, "c": 3})]
-    served = simulate(DeadlineScheduler({}, 2), clients, Device({"huge": 0.3, "key": 0.05}), 100.0)
-    served_late = [one for one in served if one.late and one.client.tenant != "greedy"]
-    assert not served_late
+    served = simulate(DeadlineScheduler({}, 2), clients, Device({"huge": 0.6, "key": 0.04}), 200.0)
+    late = [one.late > 0 for one in served if one.client.tenant != "greedy"]
+    assert sum(late) / len(late) < 0.01, "the objective: at most one chunk in a hundred"
     hopeless = compute_by(served, lambda client: client.name)["hopeless"]
-    assert hopeless == pytest.approx(0.5, abs=0.02), "it gets what the others leave"
+    assert hopeless == pytest.approx(0.6, abs=0.02), "it gets what the others leave"
 
 
 def test_a_tenant_that_was_idle_comes_back_without_a_monopoly() -> None:
@@ -263,6 +264,7 @@ def warm(largest: int = 4, fixed: float = 0.5) -> tuple[DeadlineScheduler, Devic
     return scheduler, device
 
 
+@settings(max_examples=50)
 @given(ready_sets)
 def test_a_batch_has_one_key_and_fits_and_makes_no_member_late_that_was_first(ready: list[Ready]) -> None:
     scheduler, device = warm()
@@ -280,6 +282,7 @@ def test_a_batch_has_one_key_and_fits_and_makes_no_member_late_that_was_first(re
         assert first.deadline == min(one.deadline for one in ready)
 
 
+@settings(max_examples=50)
 @given(ready_sets)
 def test_the_most_urgent_session_goes_first_as_long_as_nobody_was_served_too_much(ready: list[Ready]) -> None:
     scheduler, device = warm()
@@ -290,14 +293,12 @@ def test_the_most_urgent_session_goes_first_as_long_as_nobody_was_served_too_muc
     assert batch.sessions[0].deadline == urgent.deadline
 
 
-def test_a_batch_does_not_grow_where_that_makes_another_key_late() -> None:
-    scheduler, device = warm(fixed=0.0)
-    fast = [Ready(i, "a", "fast", 11.0 + i) for i in range(4)]
-    for slack, size in ((2.0, 4), (1.15, 2)):
-        batch = scheduler.pick([*fast, Ready("slow", "b", "slow", 10.0 + slack + 1e-3)], 10.0)
-        assert batch is not None
-        assert batch.sessions == tuple(fast[:size]) or slack < 2.0
-        assert 10.0 + device.mean("fast", len(batch.sessions)) + 0.7 <= 10.0 + slack + 1e-3 or slack == 2.0
+@pytest.mark.parametrize(("slack", "size"), [(2.0, 4), (1.15, 2), (0.95, 1)])
+def test_a_batch_does_not_grow_where_that_makes_another_key_late(slack: float, size: int) -> None:
+    scheduler, _ = warm(fixed=0.0)  # fast: 0.2 each, slow: 0.7
+    fast = [Ready(i, "a", "fast", 10.9 + i) for i in range(4)]
+    batch = scheduler.pick([Ready("slow", "b", "slow", 10.0 + slack), *fast], 10.0)
+    assert batch == Batch(tuple(fast[:size]), contended=False)
 
 
 def test_nobody_ready_nothing_picked() -> None:
@@ -310,7 +311,7 @@ def test_costs_rise_with_size_and_never_exceed_singles(observed: list[tuple[int,
     for size, seconds in observed:
         costs.observe("key", size, seconds)
     estimates = [costs.estimate("key", size) for size in range(1, 11)]
-    for size, (cost, larger) in enumerate(zip(estimates, estimates[1:], strict=False), start=1):
+    for size, (cost, larger) in enumerate(pairwise(estimates), start=1):
         assert cost <= larger * (1 + 1e-9)
         assert larger / (size + 1) <= cost / size * (1 + 1e-9)
     assert costs.estimate("unknown", 2) == costs.estimate("key", 2), "an unknown key is taken for the dearest"

@@ -102,13 +102,14 @@ class _Accounts:
 class DeadlineScheduler:
     """The policy of one device.
 
-    Below capacity everybody is on time and weights make no difference. Above it tenants share compute by weight,
-    however many sessions they have (one that asks for less than its share gets what it asks for), and a tenant's
-    sessions share equally. A session that can be late no more than this waits, past its deadline, for
+    Below capacity, with room for a batch in flight, everybody is on time and weights make no difference. Above it
+    tenants share compute by weight, however many sessions they have, and a tenant's sessions share equally. Who
+    asks for less than that gets what it asks for, and is on time but for the odd chunk when time gets short: until
+    then nobody's use is held against anybody. A session that is late waits, past its deadline, for at most
 
         4 C ((n + 1) W / w + m)
 
-    seconds at most: C the longest batch, n the ready sessions of its tenant, w its tenant's weight, W and m the
+    seconds: C the longest batch, n the ready sessions of its tenant, w its tenant's weight, W and m the
     weights and the number of the tenants that are ready. A batch in flight is not interrupted: keep
     `largest_batch` so small that the largest one takes well under a chunk's playing time.
     """
