@@ -2,7 +2,19 @@
 
 from minwm.models.worlds import World, load_world
 from minwm.streaming.engine import StreamingEngine
+from minwm.streaming.scheduler import DeadlineScheduler, Ready
 from minwm.streaming.session import Session, Turn
 from minwm.streaming.stream import Chunk, Fidelity, StreamSpec
 
-__all__ = ["Chunk", "Fidelity", "Session", "StreamSpec", "StreamingEngine", "Turn", "World", "load_world"]
+__all__ = [
+    "Chunk",
+    "DeadlineScheduler",
+    "Fidelity",
+    "Ready",
+    "Session",
+    "StreamSpec",
+    "StreamingEngine",
+    "Turn",
+    "World",
+    "load_world",
+]
