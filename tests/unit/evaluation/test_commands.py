@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 def _run(*arguments: str | Path) -> Result:
     app = typer.Typer()
     register(app)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["eval", *(str(argument) for argument in arguments)])
 
 
 def test_the_command_writes_pictures_a_page_and_the_gates_figures(
