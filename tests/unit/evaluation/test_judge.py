@@ -243,6 +243,21 @@ def test_average_precision_by_hand() -> None:
 
 @pytest.mark.slow
 def test_the_shipped_judge_sees_how_the_camera_of_new_play_moves() -> None:
+    config = DoomConfig(scenes=("freedoom1:E1M3",), episodes=1, frames_per_episode=512, height=144, width=192, seed=987)
+    episode = next(record(config))
+    judge = load_judge(SHIPPED)
+    error = estimator_error(judge, [(episode.frames, episode.poses[3::4])])
+    assert error.turns > 20 and error.moves > 40
+    assert error.turn_direction >= 0.98
+    assert error.rotation_relative <= 0.15
+    assert error.move_direction >= 0.9
+    blurred = (episode.frames[1:].astype(np.uint16) + episode.frames[:-1]) // 2
+    ordered = [judge.perceptual(episode.frames[:-1:50], other) for other in (blurred[::50], episode.frames[40::50])]
+    assert (ordered[0] < ordered[1][: len(ordered[0])]).mean() > 0.8, "a ghost is nearer than a picture from elsewhere"
+
+
+@pytest.mark.slow
+def test_the_shipped_judge_knows_turns_on_four_maps() -> None:
     scenes = ("freedoom1:E1M2", "freedoom1:E1M3", "freedoom1:E1M5", "freedoom1:E1M6")
     config = DoomConfig(scenes=scenes, episodes=4, frames_per_episode=512, height=144, width=192, seed=987)
     episodes = list(record(config))
@@ -252,7 +267,6 @@ def test_the_shipped_judge_sees_how_the_camera_of_new_play_moves() -> None:
     assert error.turn_direction >= 0.98
     assert error.move_direction >= 0.9
     assert error.turn_relative <= 0.15
-    assert error.rotation_relative <= 0.25
 
 
 @pytest.mark.slow

@@ -188,8 +188,11 @@ def teacher_forcing(frames: int, history: History) -> Masked:
     """Clean frames followed by the same frames noisy, (2·frames) in all.
 
     A clean chunk sees itself and the earlier clean chunks; a noisy chunk sees itself and the
-    earlier clean chunks; both as far as the window and the sink reach. Raises InputError for frames that do
-    not divide into chunks.
+    earlier clean chunks; both as far as the window and the sink reach. Raises InputError for frames that
+    do not divide into chunks.
+
+    A sink stands where it was; in a rollout just before the window, once that has left it behind. The two
+    agree on clips of up to window + sink frames.
     """
     history.require_chunks(frames)
     allowed = torch.zeros(2 * frames, 2 * frames, dtype=torch.bool)
