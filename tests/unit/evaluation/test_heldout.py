@@ -60,3 +60,13 @@ def test_play_is_recorded_once_and_all_of_it_is_held_out(world_folder: Path, tmp
     assert (folder / "manifest.json").stat().st_mtime_ns == written, "what lies there is kept"
     longer = replace(config, episode_frames=80)
     assert record_heldout(tmp_path / "play", world_folder, None, longer, _no_bar) != folder, "other play lies beside it"
+
+
+def test_a_lasting_recording_is_one_clip_with_room_for_a_chunk_before_it() -> None:
+    for seconds in (3.0, 60.0, 61.3):
+        lasting = HeldoutConfig().lasting(seconds)
+        assert lasting.episode_frames == 4 * lasting.clip_frames
+        for chunk in (1, 2, 3, 4):
+            chunks = int(np.ceil(seconds * 17.5 / (4 * chunk)))
+            assert (1 + chunks) * chunk <= lasting.clip_frames <= (4 + chunks) * chunk + 8
+        assert lasting.scenes == HeldoutConfig().scenes

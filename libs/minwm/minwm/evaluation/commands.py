@@ -43,6 +43,9 @@ def evaluate_world(
     seconds: Annotated[float | None, typer.Option(help="Of rollouts along the clips' true paths.")] = None,
     long_clips: Annotated[int | None, typer.Option(help="Clips from which long walks start.")] = None,
     long_seconds: Annotated[float | None, typer.Option(help="Of long walks.")] = None,
+    long_data: Annotated[
+        Path | None, typer.Option(help="Dataset of clips that last as long; shorter ones go on by scripted keys.")
+    ] = None,
     teacher_clips: Annotated[int | None, typer.Option(help="Clips that the teacher rolls out, at most.")] = None,
     teacher_steps: Annotated[int | None, typer.Option(help="Steps that the teacher takes.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 0,
@@ -70,7 +73,10 @@ def evaluate_world(
     if record:
         heldout = HeldoutConfig(size=_size(size))
         heldout = replace(heldout, scenes=tuple(scene)) if scene else heldout
-        data = record_heldout(data, world, autoencoder, heldout, progress_bar)
+        folder, data = data, record_heldout(data, world, autoencoder, heldout, progress_bar)
+        if config.long_clips and long_data is None:
+            lasting = heldout.lasting(config.long_seconds)
+            long_data = record_heldout(folder, world, autoencoder, lasting, progress_bar)
     result = evaluate(
         open_world(world, autoencoder, data, steps),
         data,
@@ -79,6 +85,7 @@ def evaluate_world(
         critics=_critics(judge, features),
         teacher=None if teacher is None else _teacher(teacher),
         base=None if base is None else load_backbone(base, _dtype()),
+        long_data=long_data,
         bars=progress_bar,
     )
     write_page(out.with_name(f"{out.name}.html"), result, out)

@@ -52,7 +52,7 @@ class EvaluationConfig:
 
     clips:         held-out clips to use, at most
     seconds:       of the rollouts along their true paths
-    long_clips:    clips that a scripted walk starts from; 0 walks nowhere
+    long_clips:    clips that a long walk starts from; 0 walks nowhere
     long_seconds:  of these walks
     speed:         how speed is measured; None does not
     teacher_clips: the first clips that a teacher rolls out, at most
@@ -105,15 +105,18 @@ def evaluate(
     critics: Critics = Critics(),  # noqa: B008 (frozen)
     teacher: Backbone | TeacherRecord | None = None,
     base: Backbone | None = None,
+    long_data: Path | None = None,
     bars: Bars = _silent,
 ) -> dict[str, Any]:
     """Measure a world, write the results to `out`, and return what `eval.json` holds.
 
     A `teacher` is rolled out, or is known from an earlier evaluation; it and the bidirectional `base` are also timed.
+    Long walks start from the held-out clips of `long_data`, or else of `data`.
     Raises DataError for a dataset without two held-out clips that fit the world.
     """
     started = time.monotonic()
     clips, digest = _load(world, data, config.clips)
+    walked = clips if long_data is None else load_clips(long_data, "heldout")[0]
     chunk, fps = world.backbone.config.history.chunk, world.card.fps
     chunks = min(_chunks(world, config.seconds), min(len(clip.latents) for clip in clips) // chunk - 1)
     out.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,7 @@ def evaluate(
         "teacher": {}
         if teacher is None
         else _teacher(world, teacher, clips, rolled, chunks, config, critics, out, bars),
-        "long": _long(world, clips, rolled, config, critics, out, bars) if config.long_clips else {},
+        "long": _long(world, walked, rolled, config, critics, out, bars) if config.long_clips else {},
         "speed": {} if config.speed is None else _speed(world, config.speed, base, teacher, bars),
     }
     result |= {"figures": figures(result), "seconds": round(time.monotonic() - started, 3)}

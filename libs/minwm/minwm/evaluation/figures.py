@@ -75,9 +75,10 @@ def _long(result: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     yield f"in_range_{found['seconds']:g}s", {"value": shares["all"], "clips": clips}
     yield f"in_range_{low:g}_{high:g}s", {"value": shares["last"], "clips": clips}
     yield "in_range_real", {"value": shares["real"], "clips": len(result["clips"])}
-    for section, directions in found["directions"].items():
-        low, high = found["sections"][section]
-        yield from _directions("", f"_{low:g}_{high:g}s", directions, clips)
+    for prefix, seen in (("", found["directions"]), ("estimator_", found["true_directions"])):
+        for section, directions in seen.items():
+            low, high = found["sections"][section]
+            yield from _directions(prefix, f"_{low:g}_{high:g}s", directions, clips - bool(prefix) * found["scripted"])
 
 
 def _speed(result: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:

@@ -6,6 +6,7 @@ model remembers, an unseen one how well it goes on from what it is given.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from minwm.evaluation.evaluate import Bars
 from minwm.geometry.live import Speeds
 from minwm.models.backbones import load_backbone
 from minwm.models.checkpoints import load_autoencoder, read_json
+from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.worlds import WORLD, World, WorldCard, load_world
 
+_LARGEST_CHUNK = 4
 _SEED = 9_001  # of the walks; training's seeds are small numbers
 
 
@@ -33,13 +36,22 @@ class HeldoutConfig:
     scenes: `wad:map`; the last one is of no training
     size: pixels (y, x), where no world says it
     episode_frames: RGB frames of each recording
+    max_blocked: share of a clip that a wall may hold the player
     """
 
     scenes: tuple[str, ...] = (*(f"freedoom1:E1M{level}" for level in (3, 5, 6)), "freedoom1:E1M4")
     episodes_per_scene: int = 1
     episode_frames: int = 576
     clip_frames: int = 24
+    max_blocked: float = 0.25
     size: tuple[int, int] = (96, 128)
+
+    def lasting(self, seconds: float) -> "HeldoutConfig":
+        """The same play, each recording one clip of so many seconds after a chunk of at most four latent frames."""
+        from minwm.data.doom import FPS
+
+        frames = math.ceil(seconds * FPS / FRAMES_PER_LATENT) + 2 * _LARGEST_CHUNK
+        return replace(self, episode_frames=frames * FRAMES_PER_LATENT, clip_frames=frames, max_blocked=1.0)
 
 
 def open_world(folder: Path, autoencoder: Path | None, data: Path, steps: int | None = None) -> World:
@@ -109,11 +121,11 @@ def record_heldout(folder: Path, world: Path, autoencoder: Path | None, config: 
         width=width,
         seed=_SEED,
     )
-    identity = json.dumps([asdict(game), config.clip_frames, folder_digest(encoder)])
+    identity = json.dumps([asdict(game), config.clip_frames, config.max_blocked, folder_digest(encoder)])
     data = folder / hashlib.sha256(identity.encode()).hexdigest()[:12]
     if not (data / MANIFEST).is_file():
         model = load_autoencoder(encoder, torch.bfloat16)
-        cut = ClipsConfig(clip_frames=config.clip_frames, heldout_every=1)
+        cut = ClipsConfig(clip_frames=config.clip_frames, heldout_every=1, max_blocked=config.max_blocked)
         with bars("recording", game.episodes) as report:
             build_clips(record(game), model, data, cut, report)
     return data

@@ -1,7 +1,8 @@
-"""A minute of scripted walking, as in a session: does the world still follow the keys, and still look like the game?
+"""A minute's walk, as in a session: does the world still follow its camera, and still look like the game?
 
-There are no true frames beyond the clip that a walk starts from: directions are judged against what was commanded, and
-appearance against the range of real frames. The commanded path knows no walls.
+A clip that lasts as long is followed along its own path, and what is seen of its true frames tells how well motion can
+be seen. From a shorter one the camera goes on by scripted keys, through walls too, and there are no true frames beside
+it. Directions are judged against what was commanded, and appearance against the range of real frames.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,9 @@ from minwm.data.clips import Clip
 from minwm.evaluation.controllability import direction_shares, walking_pace
 from minwm.evaluation.drift import MEASURES, RealRange, appearance, per_second
 from minwm.evaluation.judge import MotionEstimator, true_motions
-from minwm.evaluation.pictures import keyed_video
-from minwm.evaluation.rollouts import stream
-from minwm.evaluation.walks import by_keys, script
+from minwm.evaluation.pictures import keyed_video, side_by_side
+from minwm.evaluation.rollouts import Comparison, stream
+from minwm.evaluation.walks import Walk, along_clip, by_keys, script
 from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.worlds import World
 from minwm.progress import Report
@@ -40,45 +41,68 @@ def measure(
 ) -> dict[str, Any]:
     """Walk for `seconds` from each clip's first chunk; `real` is the appearance (t, 3) of real frames.
 
-    Writes a video of each walk to `out`. The result has `videos`, `range`, `per_second` curves, `in_range` shares and,
-    where motion is seen, `directions` in the first 5 s and the last 10 s, with the bounds of these `sections`.
+    Writes a video of each walk to `out`. The result has `videos`, `scripted` (how many went by keys), `range`,
+    `per_second` curves, `in_range` shares and, where motion is seen, `directions` in the first 5 s and the last 10 s,
+    with the bounds of these `sections`; `true_directions` are seen in the true frames of the clips that have them.
     """
     card, chunk = world.card, world.backbone.config.history.chunk
     chunk_seconds = chunk * FRAMES_PER_LATENT / card.fps
     chunks = int(np.ceil(seconds / chunk_seconds - 1e-9))
     begins = np.arange(chunks) * chunk_seconds
     sections = {"first": (0.0, min(FIRST_SECONDS, seconds)), "last": (max(0.0, seconds - LAST_SECONDS), seconds)}
-    spans = {
+    spans: dict[str, tuple[int, int]] = {
         name: tuple(np.searchsorted(begins, (low - 1e-9, high - 1e-9)).tolist())
         for name, (low, high) in sections.items()
     }
     found: dict[str, list[_Motions]] = {name: [] for name in sections}
+    true: dict[str, list[_Motions]] = {name: [] for name in sections}
     looks: list[NDArray[np.float64]] = []
     videos: list[dict[str, str]] = []
+    scripted = 0
     for clip in starts:
-        keys = script(chunks, seed, clip.name)
-        walk = by_keys(world, clip, keys)
-        pieces = [clip.video()[: chunk * FRAMES_PER_LATENT][-FRAMES_PER_LATENT:]]
+        walk, keys = _course(world, clip, chunks, seed)
+        video = clip.video()
+        given, beyond = video[: chunk * FRAMES_PER_LATENT], video[chunk * FRAMES_PER_LATENT :]
+        pieces = []
         for piece in stream(world, walk, seed=seed):
             pieces.append(piece)
-            report(len(videos) * chunks + len(pieces) - 1)
-        frames = np.concatenate(pieces)
-        if seer is not None:
-            for name, (first, end) in spans.items():
-                found[name].append(follow(seer, frames, walk.poses, chunk, first, end))
-        shown = frames[FRAMES_PER_LATENT:]
+            report(len(videos) * chunks + len(pieces))
+        shown = np.concatenate(pieces)
+        for name, span in spans.items():
+            if seer is not None:
+                found[name].append(follow(seer, _after(given, shown), walk.poses, chunk, *span))
+            if seer is not None and keys is None:
+                true[name].append(follow(seer, _after(given, beyond), walk.poses, chunk, *span))
         looks.append(appearance(shown[: round(seconds * card.fps)]))
+        scripted += keys is not None
         name = f"{clip.name}-walk.mp4"
-        (out / name).write_bytes(keyed_video(shown, keys, card.fps))
+        beside = Comparison(clip=clip.name, given=given, true=beyond[: len(shown)], others={"generated": shown})
+        drawn = side_by_side(beside, ["generated"], card.fps) if keys is None else keyed_video(shown, keys, card.fps)
+        (out / name).write_bytes(drawn)
         videos.append({"name": clip.name, "video": name})
     return {
         "clips": len(starts),
+        "scripted": scripted,
         "seconds": seconds,
         "videos": videos,
         **_drift(looks, real, card.fps, round((seconds - sections["last"][0]) * card.fps)),
         "sections": sections,
         "directions": {name: _shares(world, pairs) for name, pairs in found.items() if pairs},
+        "true_directions": {name: _shares(world, pairs) for name, pairs in true.items() if pairs},
     }
+
+
+def _course(world: World, clip: Clip, chunks: int, seed: int) -> tuple[Walk, list[tuple[str, ...]] | None]:
+    """From the first chunk `chunks` more along the clip's own path, where it lasts as long; else by keys, given too."""
+    if len(clip.latents) >= (1 + chunks) * world.backbone.config.history.chunk:
+        return along_clip(world, clip, chunks), None
+    keys = script(chunks, seed, clip.name)
+    return by_keys(world, clip, keys), keys
+
+
+def _after(given: NDArray[np.uint8], frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Frames that begin with the last given latent frame's."""
+    return np.concatenate([given[-FRAMES_PER_LATENT:], frames])
 
 
 def follow(
