@@ -16,7 +16,7 @@ from minwm.models.conditions import Conditions
 from minwm.models.context import Full, History, teacher_forcing
 from minwm.models.prope import Cameras, transform
 from minwm.models.rope import rotation
-from minwm.models.wan import SelfAttention, WanConfig, _Step
+from minwm.models.wan import SelfAttention, Step, WanConfig
 
 pytestmark = pytest.mark.unit
 
@@ -127,7 +127,7 @@ def test_one_call_over_twice_the_heads_is_the_two_attentions_of_the_formula(new_
     x, cameras = torch.randn(2, 3 * 2, 32), new_cameras(2, 3)
     angles = rotation(range(3), 1, 2, (8, 4, 4), torch.device("cpu"))
     with torch.no_grad():
-        got = layer(x, 0, _Step(Full(3), angles, cameras.projection))
+        got = layer(x, 0, Step(Full(3), angles, cameras.projection))
 
     layer.double()
     x = x.double()

@@ -130,18 +130,35 @@ def attend(
     past_by_position: the branch by camera sees a cache's past as the branch by position left it (rotated, not
         projected), and the cache keeps half as much: how minWM's HunyuanVideo rolls out
     """
+    context.keep(layer, *qkv[1:])
+    placed = place(qkv, rotation, camera)
+    if camera is None or not past_by_position:
+        return leave(context.attend(layer, *placed, beside), camera)
+    (placed_q, seen_q), (placed_k, seen_k), (placed_v, seen_v) = (x.chunk(2, dim=2) for x in placed)
+    seen = context.attend(layer, seen_q, seen_k, seen_v, beside)
+    # the second to write, so that later chunks find keys as they are placed
+    by_position = context.attend(layer, placed_q, placed_k, placed_v, beside)
+    return leave(torch.cat([by_position, seen], dim=2), camera)
+
+
+def place(
+    qkv: tuple[Tensor, Tensor, Tensor], rotation: Tensor, camera: Projection | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as they attend, in v's dtype: by position and, on as many heads more, by camera."""
     q, k, v = qkv
-    context.keep(layer, k, v)
-    placed_q, placed_k = rotate(q, rotation), rotate(k, rotation)
+    dtype = v.dtype
+    placed_q, placed_k = rotate(q, rotation).to(dtype), rotate(k, rotation).to(dtype)
     if camera is None:
-        return context.attend(layer, placed_q.to(v.dtype), placed_k.to(v.dtype), v, beside), None
+        return placed_q, placed_k, v
     seen_q, seen_k, seen_v = transform(q, camera.matrix.mT), transform(k, camera.inverse), transform(v, camera.inverse)
-    if past_by_position:
-        seen = context.attend(layer, seen_q.to(v.dtype), seen_k.to(v.dtype), seen_v.to(v.dtype), beside)
-        # the second to write, so that later chunks find keys as they are placed
-        placed = context.attend(layer, placed_q.to(v.dtype), placed_k.to(v.dtype), v, beside)
-    else:
-        pairs = (placed_q, seen_q), (placed_k, seen_k), (v, seen_v)
-        q, k, v = (torch.cat([part.to(v.dtype) for part in pair], dim=2) for pair in pairs)
-        placed, seen = context.attend(layer, q, k, v, beside).chunk(2, dim=2)
-    return placed, transform(seen, camera.matrix).to(v.dtype)
+    pairs = (placed_q, seen_q), (placed_k, seen_k), (v, seen_v)
+    q, k, v = (torch.cat([by_position, by_camera.to(dtype)], dim=2) for by_position, by_camera in pairs)
+    return q, k, v
+
+
+def leave(read: Tensor, camera: Projection | None) -> tuple[Tensor, Tensor | None]:
+    """What was read by position, and by camera where there are cameras, from the attention of what was placed."""
+    if camera is None:
+        return read, None
+    placed, seen = read.chunk(2, dim=2)
+    return placed, transform(seen, camera.matrix).to(read.dtype)

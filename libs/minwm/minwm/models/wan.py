@@ -90,7 +90,7 @@ class WanPrompt:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """What every block of one pass shares."""
 
     context: Context
@@ -111,7 +111,7 @@ class SelfAttention(nn.Module):
             nn.init.zeros_(self.prope_o.weight)
             nn.init.zeros_(self.prope_o.bias)
 
-    def forward(self, x: Tensor, layer: int, step: _Step) -> Tensor:
+    def forward(self, x: Tensor, layer: int, step: Step) -> Tensor:
         """x (b, f·n, dim) to (b, f·n, dim)."""
         v = self.v(x).unflatten(-1, (self.heads, -1))
         q, k = (y.unflatten(-1, (self.heads, -1)) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x))))
@@ -157,7 +157,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, e0: Tensor, prompt: tuple[Tensor, Tensor], layer: int, step: _Step) -> Tensor:
+    def forward(self, x: Tensor, e0: Tensor, prompt: tuple[Tensor, Tensor], layer: int, step: Step) -> Tensor:
         """x (b, f, n, dim), e0 (b, f, 6, dim) to (b, f, n, dim)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).unsqueeze(3).unbind(2)
         frames = x.shape[1]
@@ -245,7 +245,7 @@ class Wan(Transformer):
         require_batch(len(prompt.layers[0][0]), len(latents))
         frames = Frames(batch=len(latents), positions=context.positions, rows=rows, columns=columns)
         by_camera = "camera_prope" in config.conditions
-        step = _Step(
+        step = Step(
             context=context,
             rotation=self.rotation(context.streams, rows, columns, latents.device),
             camera=frames.cameras(conditions).projection if by_camera else None,

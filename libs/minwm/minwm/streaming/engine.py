@@ -26,6 +26,7 @@ from minwm.models.autoencoder import PIXELS_PER_LATENT
 from minwm.models.combined import join_conditions, join_prompts, together
 from minwm.models.conditions import Conditions, first_image
 from minwm.models.context import Context
+from minwm.models.fused import fuse
 from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.rollout import ChunkRollout
 from minwm.models.transformer import Prompt
@@ -69,21 +70,24 @@ class StreamingEngine:
         steps: int | None = None,
         fuse_context: bool = False,
         eight_bit_cache: bool = False,
+        compiled: bool = False,
     ) -> None:
         """steps: denoising steps a chunk; the world's own default if not given.
 
+        compiled: blocks are compiled at the first passes of each shape; see minwm.models.fused
         eight_bit_cache: sessions of half the size, a little off (minwm.models.cache.EightBitCache)
         fuse_context: a chunk whose context is not settled is written in one pass with the next one's first step: fewer
             passes in all, but on the path from action to frame. Not for models with a sink
         """
         self.world = world
+        self._model = fuse(world.backbone.model, compiled=compiled)
         self._steps = steps or world.card.steps
         config = world.backbone.config
         config.sampling_levels(self._steps)
         self._chunk, self._history = config.history.chunk, config.history
         self._fuse = fuse_context and not config.history.sink
         self._intrinsics = torch.tensor([world.card.intrinsics])
-        parameter = next(world.backbone.model.parameters())
+        parameter = next(self._model.parameters())
         self._dtype, self.device = parameter.dtype, parameter.device
         self._eight_bit = eight_bit_cache
         self._free = [self._new_rollout() for _ in range(slots)]
@@ -271,8 +275,7 @@ class StreamingEngine:
         noise = torch.cat([self._noise(s.seed, s.frames, self._chunk, 0) for s in sessions])
         level = torch.tensor([0.0] * self._chunk + [group[0].levels[0]] * self._chunk, device=self.device)
         both = join_conditions([join_conditions(last), conditions], dim=1)
-        model = self.world.backbone.model
-        velocity = model(
+        velocity = self._model(
             torch.cat([clean, noise], dim=1),
             (level * TIMESTEPS).expand(len(group), -1),
             prompt,
@@ -304,7 +307,7 @@ class StreamingEngine:
 
     def _velocity(self, x: Tensor, level: float, prompt: Prompt, context: Context, conditions: Conditions) -> Tensor:
         timesteps = torch.full(x.shape[:2], level * TIMESTEPS, dtype=torch.float32, device=x.device)
-        return self.world.backbone.model(x, timesteps, prompt, context, conditions)  # type: ignore[no-any-return]
+        return self._model(x, timesteps, prompt, context, conditions)  # type: ignore[no-any-return]
 
     def _prepare(self, turn: Turn) -> _Ready:
         """Check a turn, and move the camera over its chunk. Raises SessionError; the session is as it was."""
@@ -355,7 +358,7 @@ class StreamingEngine:
                 text = self.world.backbone.encode([caption])
             except InputError as error:
                 raise SessionError(str(error)) from error
-            self._prompts[caption] = self.world.backbone.model.prompt(text)
+            self._prompts[caption] = self._model.prompt(text)
         self._captions[caption] += 1
         return self._prompts[caption]
 
@@ -370,8 +373,7 @@ class StreamingEngine:
         return channels, card.height // PIXELS_PER_LATENT, card.width // PIXELS_PER_LATENT
 
     def _new_rollout(self) -> ChunkRollout:
-        model = self.world.backbone.model
-        return ChunkRollout(model, self._history, self._latent_shape(), eight_bit=self._eight_bit)
+        return ChunkRollout(self._model, self._history, self._latent_shape(), eight_bit=self._eight_bit)
 
     def _picture(self, start: NDArray[np.uint8] | str | None) -> NDArray[np.uint8] | None:
         if start is None:
