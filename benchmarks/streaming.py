@@ -35,6 +35,7 @@ from minwm.errors import SessionError
 from minwm.geometry.live import CameraVelocity
 from minwm.models.context import History
 from minwm.models.costs import chunk_flops, latent_size
+from minwm.models.fused import fuse
 from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.rollout import ChunkRollout
 from minwm.models.worlds import World
@@ -69,6 +70,7 @@ class Workload:
     fidelity: Fidelity
     sessions: int
     device: Device
+    compiled: bool = False
 
     @property
     def history(self) -> History:
@@ -101,6 +103,7 @@ def main(
     decoder: Annotated[Decoder, typer.Option(help="Of presets whose autoencoder is published.")] = Decoder.tiny,
     device: Annotated[Device, typer.Option(help="Where it runs.")] = Device.cpu,
     dtype: Annotated[Precision, typer.Option(help="Of weights, caches and activations.")] = Precision.bfloat16,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the engine's blocks.")] = False,
     length: Annotated[int, typer.Option(min=0, help="RGB frames of the long session; 0: none.")] = 10_000,
     repeats: Annotated[int, typer.Option(min=1, max=200, help="Timings of everything.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Figures as JSON.")] = None,
@@ -117,10 +120,10 @@ def main(
         for config, levels, size in worlds:
             world = random_world(config, size, decoder, device, precision)
             for level, count in product(levels, counts):
-                figures.append(row(Workload(world, level, count, device), repeats, peak))
+                figures.append(row(Workload(world, level, count, device, compiled), repeats, peak))
                 tell(len(figures), f"{config.preset} {size}, {level.steps}:{level.window}, {count} sessions")
             if length and any("skipped" not in one for one in figures[-len(levels) * len(counts) :]):
-                curves.append(over_length(Workload(world, levels[0], 1, device), length))
+                curves.append(over_length(Workload(world, levels[0], 1, device, compiled), length))
     report = {"machine": machine(device), "dtype": dtype.value, "repeats": repeats, "matrix_peak": peak}
     report |= {"figures": figures, "length": curves}
     write(out, report)
@@ -138,7 +141,7 @@ class Streams:
     def __init__(self, work: Workload, *, fuse: bool = False) -> None:
         """fuse: write a chunk's context in one pass with the next one's first step, where it is not settled."""
         self._work = work
-        self._engine = StreamingEngine(work.world, work.sessions + 1, fuse_context=fuse)
+        self._engine = StreamingEngine(work.world, work.sessions + 1, fuse_context=fuse, compiled=work.compiled)
         self._sessions: list[Session] = []
         self.parts: list[tuple[float, float]] = []
 
@@ -195,7 +198,7 @@ def row(work: Workload, repeats: int, peak: float | None) -> dict[str, Any]:
     config, card = work.world.backbone.config, work.world.card
     about = {"preset": config.preset, "height": card.height, "width": card.width, "chunk": work.history.chunk}
     about |= {"steps": work.fidelity.steps, "window": work.fidelity.window, "sessions": work.sessions}
-    about |= {"device": machine(work.device)["device"]}
+    about |= {"device": machine(work.device)["device"], "compiled": work.compiled}
     dtype = work.noise(1).dtype
     try:  # four caches: the engines', the baseline's, and the one that the limit reads; one more to restore to
         require_memory(replace(config, history=work.history), work.latents, work.device, dtype, 4 * work.sessions + 2)
@@ -298,7 +301,7 @@ def rivals(work: Workload) -> dict[str, Run]:
 
 def limit(work: Workload) -> dict[str, Run]:
     """The matrix products, convolutions and attention calls of a chunk's passes, and of its decoding."""
-    model, history, decoder = work.world.backbone.model, work.history, work.world.autoencoder
+    model, history, decoder = fuse(work.world.backbone.model, compiled=False), work.history, work.world.autoencoder
     latents = work.noise(history.chunk)
     prompt = model.prompt(longest_prompt(model.architecture, work.device, work.sessions))
     conditions = random_conditions(history.chunk, work.device).streams(torch.zeros(work.sessions, dtype=torch.long))
