@@ -16,8 +16,8 @@ demo: setup ## the whole path: play a game, train, register, serve, stream; resu
 	@$(VENV)/bin/minwm demo
 
 WORLD ?= $(firstword $(wildcard models/wan-doom/model) runs/demo/world)
-WALK ?= w*6,w+l*4,w*4,w+j*6,w*6,d*4,a*4,s*4
-play: setup ## serve a world and walk through it (WORLD=runs/demo/world WALK='w*6,w+l*4'); video in runs/play
+WALK ?= l*4,j*8,w*2,l*6,w*2,s*3,j*4,d*2,l*4
+play: setup ## serve a world and walk through it (WORLD=runs/demo/world WALK='l*4,w*2,j*6'); video in runs/play
 	@$(VENV)/bin/minwm demo --world $(WORLD) --keys '$(WALK)' --out runs/play
 
 eval: setup ## measure the shipped model on play it has never seen; results in runs/eval/wan-doom.{json,html}
