@@ -157,9 +157,10 @@ def test_a_streaming_row_is_of_one_chunk_its_parts_and_its_rivals(streaming: Mod
     report = run(streaming, tmp_path, *what, "--dtype", "float32", "--plots", str(plots))
     assert [row["sessions"] for row in report["figures"]] == [1, 2]
     for row in report["figures"]:
-        about = {name: row.pop(name) for name in ("preset", "device", "height", "width", "chunk", "steps", "window")}
+        names = ("preset", "device", "compiled", "height", "width", "chunk", "steps", "window")
+        about = {name: row.pop(name) for name in names}
         assert about == {"preset": "wan-doom", "device": report["machine"]["device"], "height": 16, "width": 32} | {
-            "chunk": 2, "steps": 2, "window": 4,
+            "compiled": False, "chunk": 2, "steps": 2, "window": 4,
         }  # fmt: skip
         assert all(math.isfinite(figure) and figure > 0 for figure in row.values()), row
         parts = ("denoise_ms", "context_ms", "decode_ms", "other_ms")
