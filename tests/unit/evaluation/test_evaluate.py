@@ -46,7 +46,13 @@ def test_the_full_form_has_every_figure_with_the_clips_behind_it(full: Evaluated
     figures = full.result["figures"]
     expected = set(ALWAYS) - {"in_range_60s"}  # the walk took two seconds
     expected |= {"in_range_2s", "in_range_0_2s", "turn_direction_0_2s", "estimator_turn_direction", "frechet_1.8s"}
-    expected |= {"bidirectional_over_ours", "first_frame_seconds_student_2", "frechet_1.8s_teacher", "perceptual_1s"}
+    expected |= {
+        "estimator_turn_direction_0_2s",
+        "bidirectional_over_ours",
+        "first_frame_seconds_student_2",
+        "frechet_1.8s_teacher",
+        "perceptual_1s",
+    }
     for name in expected:
         behind = figures[name].get("clips", figures[name].get("rounds"))
         assert np.isfinite(figures[name]["value"]) and behind > 0, name
@@ -54,6 +60,16 @@ def test_the_full_form_has_every_figure_with_the_clips_behind_it(full: Evaluated
     assert figures["fewstep_over_teacher"]["clips"] == 2
     distances = full.result["teacher"]["frechet"]
     assert figures["fewstep_over_teacher"]["value"] == pytest.approx(distances["generated"] / distances["teacher"])
+
+
+def test_long_walks_start_from_clips_of_their_own_where_these_are_given(
+    world: World, dataset: Path, make_clip: MakeClip, tmp_path: Path
+) -> None:
+    with ShardWriter(tmp_path / "lasting", KIND) as writer:
+        writer.add("lasting", make_clip(9, latent_frames=8).to_files())
+    config = EvaluationConfig(clips=2, long_clips=2, long_seconds=1.0)
+    found = evaluate(world, dataset, tmp_path / "out", config, long_data=tmp_path / "lasting")["long"]
+    assert [walk["name"] for walk in found["videos"]] == ["lasting"] and found["scripted"] == 0
 
 
 def test_errors_are_those_of_what_the_estimator_saw(

@@ -75,10 +75,11 @@ def _long(result: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     yield f"in_range_{found['seconds']:g}s", {"value": shares["all"], "clips": clips}
     yield f"in_range_{low:g}_{high:g}s", {"value": shares["last"], "clips": clips}
     yield "in_range_real", {"value": shares["real"], "clips": len(result["clips"])}
-    for prefix, seen in (("", found["directions"]), ("estimator_", found["true_directions"])):
-        for section, directions in seen.items():
+    seen = ("", found["directions"], clips), ("estimator_", found["true_directions"], clips - found["scripted"])
+    for prefix, sections, behind in seen:
+        for section, directions in sections.items():
             low, high = found["sections"][section]
-            yield from _directions(prefix, f"_{low:g}_{high:g}s", directions, clips - bool(prefix) * found["scripted"])
+            yield from _directions(prefix, f"_{low:g}_{high:g}s", directions, behind)
 
 
 def _speed(result: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:

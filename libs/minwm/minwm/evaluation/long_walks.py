@@ -76,9 +76,11 @@ def measure(
         looks.append(appearance(shown[: round(seconds * card.fps)]))
         scripted += keys is not None
         name = f"{clip.name}-walk.mp4"
-        beside = Comparison(clip=clip.name, given=given, true=beyond[: len(shown)], others={"generated": shown})
-        drawn = side_by_side(beside, ["generated"], card.fps) if keys is None else keyed_video(shown, keys, card.fps)
-        (out / name).write_bytes(drawn)
+        if keys is None:
+            beside = Comparison(clip=clip.name, given=given, true=beyond[: len(shown)], others={"generated": shown})
+            (out / name).write_bytes(side_by_side(beside, ["generated"], card.fps))
+        else:
+            (out / name).write_bytes(keyed_video(shown, keys, card.fps))
         videos.append({"name": clip.name, "video": name})
     return {
         "clips": len(starts),
