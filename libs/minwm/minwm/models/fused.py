@@ -100,7 +100,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """GELU's tanh form, as x · sigmoid(2u): the exponential takes half as long as a hyperbolic tangent."""
+    """GELU's tanh form, as x · sigmoid(2u): compiled, the exponential takes half as long as a hyperbolic tangent."""
     y = x.float()
     twice = y * (1.5957691216057308 + 0.07135481627159497 * y * y)  # 2·sqrt(2/π), and that times 0.044715
     return (y * torch.sigmoid(twice)).to(x.dtype)
