@@ -5,6 +5,7 @@ group, whose members split the frames of the same samples; the groups split the 
 """
 
 import os
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -89,9 +90,11 @@ class Processes:
             distributed.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def close(self) -> None:
-        """Leave the group."""
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        """Leave the group; a process may join another afterwards."""
+        if not distributed.is_initialized():
+            return
+        known = sys.modules.get("deepspeed.comm")  # if DeepSpeed took part, it has to forget the group's parts
+        (known if known and known.is_initialized() else distributed).destroy_process_group()
 
 
 def join(config: ParallelConfig) -> Processes:
