@@ -38,6 +38,7 @@ from minwm.models.costs import chunk_flops, latent_size
 from minwm.models.fused import fuse
 from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.rollout import ChunkRollout
+from minwm.models.transformer import Transformer
 from minwm.models.worlds import World
 from minwm.progress import progress_bar
 from minwm.streaming import Chunk, Fidelity, Session, StreamingEngine, Turn
@@ -71,6 +72,7 @@ class Workload:
     sessions: int
     device: Device
     compiled: bool = False
+    eight_bit: bool = False
 
     @property
     def history(self) -> History:
@@ -104,6 +106,7 @@ def main(
     device: Annotated[Device, typer.Option(help="Where it runs.")] = Device.cpu,
     dtype: Annotated[Precision, typer.Option(help="Of weights, caches and activations.")] = Precision.bfloat16,
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile the engine's blocks.")] = False,
+    eight_bit: Annotated[bool, typer.Option("--eight-bit", help="FP8 products in the engine's blocks.")] = False,
     length: Annotated[int, typer.Option(min=0, help="RGB frames of the long session; 0: none.")] = 10_000,
     repeats: Annotated[int, typer.Option(min=1, max=200, help="Timings of everything.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Figures as JSON.")] = None,
@@ -120,10 +123,10 @@ def main(
         for config, levels, size in worlds:
             world = random_world(config, size, decoder, device, precision)
             for level, count in product(levels, counts):
-                figures.append(row(Workload(world, level, count, device, compiled), repeats, peak))
+                figures.append(row(Workload(world, level, count, device, compiled, eight_bit), repeats, peak))
                 tell(len(figures), f"{config.preset} {size}, {level.steps}:{level.window}, {count} sessions")
             if length and any("skipped" not in one for one in figures[-len(levels) * len(counts) :]):
-                curves.append(over_length(Workload(world, levels[0], 1, device, compiled), length))
+                curves.append(over_length(Workload(world, levels[0], 1, device, compiled, eight_bit), length))
     report = {"machine": machine(device), "dtype": dtype.value, "repeats": repeats, "matrix_peak": peak}
     report |= {"figures": figures, "length": curves}
     write(out, report)
@@ -141,7 +144,13 @@ class Streams:
     def __init__(self, work: Workload, *, fuse: bool = False) -> None:
         """fuse: write a chunk's context in one pass with the next one's first step, where it is not settled."""
         self._work = work
-        self._engine = StreamingEngine(work.world, work.sessions + 1, fuse_context=fuse, compiled=work.compiled)
+        self._engine = StreamingEngine(
+            work.world,
+            work.sessions + 1,
+            fuse_context=fuse,
+            compiled=work.compiled,
+            eight_bit_products=work.eight_bit,
+        )
         self._sessions: list[Session] = []
         self.parts: list[tuple[float, float]] = []
 
@@ -199,6 +208,7 @@ def row(work: Workload, repeats: int, peak: float | None) -> dict[str, Any]:
     about = {"preset": config.preset, "height": card.height, "width": card.width, "chunk": work.history.chunk}
     about |= {"steps": work.fidelity.steps, "window": work.fidelity.window, "sessions": work.sessions}
     about |= {"device": machine(work.device)["device"], "compiled": work.compiled}
+    about |= {"eight_bit": work.eight_bit}
     dtype = work.noise(1).dtype
     try:  # four caches: the engines', the baseline's, and the one that the limit reads; one more to restore to
         require_memory(replace(config, history=work.history), work.latents, work.device, dtype, 4 * work.sessions + 2)
@@ -241,6 +251,25 @@ def measure(work: Workload, repeats: int, peak: float | None) -> dict[str, Any]:
         **comparisons(work, seconds, peak),
         "bytes_per_session": streams.bytes_per_session,
         **streams.kept(),
+        **(eight_bit_error(work) if work.eight_bit else {}),
+    }
+
+
+def eight_bit_error(work: Workload) -> dict[str, float]:
+    """How far a velocity is off when products have eight bits, of its size; beside what the precision itself takes."""
+    model, history = work.world.backbone.model, work.history
+    conditions = random_conditions(history.window, work.device).streams(torch.zeros(work.sessions, dtype=torch.long))
+    latents, text = work.noise(history.window), longest_prompt(model.architecture, work.device, work.sessions)
+    timesteps = torch.full(latents.shape[:2], 500.0, device=work.device.value)
+
+    def velocity(of: Transformer) -> Tensor:
+        return of(latents, timesteps, of.prompt(text), whole_window(history), conditions).float()
+
+    exact, rounded = velocity(model), velocity(fuse(model, compiled=False, eight_bit=True))
+    fused = velocity(fuse(model, compiled=False))
+    return {
+        "eight_bit_error": float((rounded - exact).norm() / exact.norm()),
+        "fused_error": float((fused - exact).norm() / exact.norm()),
     }
 
 

@@ -4,7 +4,7 @@ import signal
 import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -21,12 +21,15 @@ def serve(
     slots: Annotated[int, typer.Option(help="Sessions at a time.")] = 2,
     metrics_port: Annotated[int, typer.Option(help="Port of the Prometheus metrics.")] = 9090,
     idle_seconds: Annotated[float, typer.Option(help="End a session that is silent and without credit.")] = 60.0,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the model runs.")] = "cpu",
 ) -> None:
     """Serve a model to interactive sessions over gRPC, until Ctrl-C."""
     from minwm_session.deployment import ServiceConfig, running_service  # takes seconds to import
 
     console = Console()
-    config = ServiceConfig(model=model, port=port, slots=slots, metrics_port=metrics_port, idle_seconds=idle_seconds)
+    config = ServiceConfig(
+        model=model, port=port, slots=slots, metrics_port=metrics_port, idle_seconds=idle_seconds, device=device
+    )
     with ExitStack() as stack:
         with console.status(f"Starting Ray Serve with {model} (about half a minute)"):
             address = stack.enter_context(running_service(config))

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import ray
 import torch
@@ -29,23 +30,34 @@ from minwm_session.interact import interact
 
 APPLICATION = "session"
 STATUS_DETAILS = "grpc-status-details-bin"
+# Clients, encoders and Ray want the cores as well: threads that wait for each other in a busy loop would take them from
+# the very thread they wait for.
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 _SERVICER = "minwm.client.v1.session_pb2_grpc.add_SessionServiceServicer_to_server"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceConfig:
-    """What to serve, and where. `metrics_port` None: no metrics end point."""
+    """What to serve, and where.
+
+    metrics_port: None: no metrics end point
+    device:       that the model runs on, `cpu` or `cuda`
+    threads:      that it computes with on a CPU
+    """
 
     model: Path
     port: int = 9000
     slots: int = 2
     metrics_port: int | None = 9090
     idle_seconds: float = 60.0
+    device: Literal["cpu", "cuda"] = "cpu"
     threads: int = os.cpu_count() or 1
 
     def __post_init__(self) -> None:
         if not self.model.is_dir():
             raise ConfigError(f"model: {self.model} is no folder, expected an exported model")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device: cuda, expected cpu: PyTorch sees no GPU here")
         for name in ("slots", "idle_seconds", "threads"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}: {getattr(self, name)}, expected a positive number")
@@ -62,7 +74,7 @@ class SessionService:
     def __init__(self, config: ServiceConfig) -> None:
         torch.set_num_threads(config.threads)  # Ray limits a replica to one thread by default
         registry = CollectorRegistry()
-        engine = StreamingEngine(load_world(config.model), config.slots)
+        engine = StreamingEngine(load_world(config.model, device=config.device), config.slots)
         self._host = SessionHost(engine, idle_seconds=config.idle_seconds, registry=registry)
         self._host.warm_up()
         if config.metrics_port is not None:
@@ -156,7 +168,11 @@ def _application(config: ServiceConfig) -> serve.Application:
     deployment = serve.deployment(
         num_replicas=1,
         max_ongoing_requests=config.slots + 100,
-        ray_actor_options={"num_cpus": 1},
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": int(config.device == "cuda"),
+            "runtime_env": {"env_vars": _ENVIRONMENT},
+        },
         graceful_shutdown_timeout_s=2,
     )(SessionService)
     return deployment.bind(config)

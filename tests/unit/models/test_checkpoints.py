@@ -317,6 +317,12 @@ def test_a_world_comes_back_whole(tiny_world: Path, tiny_backbone: Backbone) -> 
     assert not any(parameter.requires_grad for parameter in parameters)
 
 
+def test_a_world_is_loaded_onto_the_device_asked_for(tiny_world: Path) -> None:
+    world = load_world(tiny_world, device="meta")
+    tensors = [*world.backbone.model.state_dict().values(), *world.autoencoder.state_dict().values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
 def test_a_world_replaces_an_old_one_whole(tiny_world: Path, tmp_path: Path) -> None:
     card = dataclasses.replace(load_world(tiny_world).card, name="second")
     save_world(tiny_world, card, tmp_path / "parts/backbone", tmp_path / "parts/autoencoder", {})

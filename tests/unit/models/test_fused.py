@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minwm.errors import ConfigError
 from minwm.models.backbones import Backbone
 from minwm.models.combined import join_conditions, together
 from minwm.models.conditions import Conditions
@@ -90,6 +91,20 @@ def test_it_is_a_copy_that_leaves_the_model_alone(new_backbone: NewBackbone) -> 
 def test_a_model_that_is_no_wan_stays_as_it_is(new_backbone: NewBackbone) -> None:
     model = new_backbone(kind="hunyuan").model
     assert fuse(model, compiled=True) is model
+    with pytest.raises(ConfigError, match="eight bits: Hunyuan, expected a Wan"):
+        fuse(model, compiled=False, eight_bit=True)
+
+
+@torch.no_grad()
+def test_products_of_eight_bits_are_a_few_percent_off(new_backbone: NewBackbone) -> None:
+    torch.manual_seed(0)
+    backbone = new_backbone()
+    latents, timesteps = torch.randn(1, 4, *SHAPE), 1000 * torch.rand(1, 4)
+    exact, rounded = (
+        model(latents, timesteps, _prompt(backbone, model), Full(4), _cameras(4, 2))
+        for model in (backbone.model, fuse(backbone.model, compiled=False, eight_bit=True))
+    )
+    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.slow

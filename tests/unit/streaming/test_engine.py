@@ -409,3 +409,10 @@ def test_an_eight_bit_cache_halves_a_session_and_shows_nearly_the_same(tiny_worl
     exact, rounded = (np.stack(fresh(engine, [FORWARD, RIGHT] * 3)).astype(int) for engine in (whole, eight))
     assert eight.bytes_per_session < whole.bytes_per_session
     assert 0 < np.abs(exact - rounded).mean() < 1
+
+
+def test_products_of_eight_bits_show_nearly_the_same(tiny_world: Path) -> None:
+    world = load_world(tiny_world, torch.float32)
+    engines = StreamingEngine(world, 1), StreamingEngine(world, 1, eight_bit_products=True)
+    exact, rounded = (np.stack(fresh(engine, [FORWARD, RIGHT] * 3)).astype(int) for engine in engines)
+    assert 0 < np.abs(exact - rounded).mean() < 4

@@ -12,7 +12,9 @@ from typing import ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from minwm.errors import ConfigError
 from minwm.models import prope
+from minwm.models.eight_bit import EightBitLinear
 from minwm.models.transformer import Transformer
 from minwm.models.wan import Block, Step, Wan
 
@@ -21,33 +23,39 @@ T = TypeVar("T")
 _Triple = tuple[Tensor, Tensor, Tensor]
 
 
-def fuse(model: Transformer, *, compiled: bool) -> Transformer:
-    """The model with fused blocks, for passes without gradient, if it is a Wan; another is returned as it is.
+def fuse(model: Transformer, *, compiled: bool, eight_bit: bool = False) -> Transformer:
+    """The model with fused blocks, for passes without gradient, if it is a Wan.
 
-    compiled: the first passes of each shape then take seconds to a minute, and need a C++ compiler on CPUs
+    Another is returned as it is; raises ConfigError for its products in eight bits.
+
+    compiled:  the first passes of each shape then take seconds to a minute, and need a C++ compiler on CPUs
+    eight_bit: products of self-attention and feed-forward are FP8 (minwm.models.eight_bit)
     """
     if not isinstance(model, Wan):
+        if eight_bit:
+            raise ConfigError(f"eight bits: {type(model).__name__}, expected a Wan")
         return model
     fused = copy.copy(model)
     fused._modules = dict(model._modules)
-    fused.blocks = nn.ModuleList(FusedBlock(cast(Block, block), compiled) for block in model.blocks)
+    fused.blocks = nn.ModuleList(FusedBlock(cast(Block, block), compiled, eight_bit) for block in model.blocks)
     return fused
 
 
 class FusedBlock(nn.Module):
     """One block; takes and gives what `Block` does."""
 
-    def __init__(self, block: Block, compiled: bool) -> None:
+    def __init__(self, block: Block, compiled: bool, eight_bit: bool) -> None:
         super().__init__()
         own = block.self_attn
         outs = [own.o, own.prope_o] if hasattr(own, "prope_o") else [own.o]
-        self.qkv = _beside_each_other([own.q, own.k, own.v])
-        self.o = _summed(outs)
+        up, _, down = cast(tuple[nn.Linear, nn.Module, nn.Linear], block.ffn)
+        product: Callable[[nn.Linear], nn.Module] = EightBitLinear if eight_bit else nn.Identity()
+        self.qkv = product(_beside_each_other([own.q, own.k, own.v]))
+        self.o, self.up, self.down = product(_summed(outs)), product(up), product(down)
         self.heads, self.modulation = own.heads, block.modulation
         self.norm_q, self.norm_k = own.norm_q, own.norm_k
         self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
         self.cross_attn = block.cross_attn
-        self.up, _, self.down = block.ffn
         self._before: Callable[..., tuple[tuple[Tensor, Tensor], _Triple]] = self.before
         self._after: Callable[..., Tensor] = self.after
         if compiled:

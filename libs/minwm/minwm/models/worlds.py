@@ -65,14 +65,14 @@ def save_world(
     os.replace(partial, folder)
 
 
-def load_world(folder: Path, dtype: torch.dtype = torch.bfloat16) -> World:
-    """A world ready to generate. Raises CheckpointError or ConfigError for whatever does not fit."""
+def load_world(folder: Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> World:
+    """A world ready to generate on a device. Raises CheckpointError or ConfigError for whatever does not fit."""
     path = folder / WORLD
     if not path.is_file():
         raise CheckpointError(f"{folder}: not a world model (it has no {WORLD})")
     card = build(WorldCard, read_json(path), str(path))
     backbone = load_backbone(folder / "backbone", dtype)
-    backbone.model.eval().requires_grad_(False)
-    autoencoder = load_autoencoder(folder / "autoencoder", dtype).requires_grad_(False)
+    backbone.model.eval().requires_grad_(False).to(device)
+    autoencoder = load_autoencoder(folder / "autoencoder", dtype).requires_grad_(False).to(device)
     starts = {p.stem: np.asarray(Image.open(p).convert("RGB")) for p in sorted((folder / "starts").glob("*.png"))}
     return World(card, backbone, autoencoder, starts)

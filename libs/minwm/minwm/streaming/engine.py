@@ -15,7 +15,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from minwm.diffusion import samplers
@@ -32,7 +31,7 @@ from minwm.models.rollout import ChunkRollout
 from minwm.models.transformer import Prompt
 from minwm.models.worlds import World
 from minwm.randomness import generator
-from minwm.streaming.session import Clean, Session, Turn, conditions_of, join_states
+from minwm.streaming.session import Clean, Session, Turn, conditions_of, join_states, start_picture
 from minwm.streaming.stream import Chunk, Fidelity, StreamSpec
 
 _FARTHEST = 1e30  # what float32 can square comes close
@@ -70,17 +69,19 @@ class StreamingEngine:
         steps: int | None = None,
         fuse_context: bool = False,
         eight_bit_cache: bool = False,
+        eight_bit_products: bool = False,
         compiled: bool = False,
     ) -> None:
         """steps: denoising steps a chunk; the world's own default if not given.
 
         compiled: blocks are compiled at the first passes of each shape; see minwm.models.fused
         eight_bit_cache: sessions of half the size, a little off (minwm.models.cache.EightBitCache)
+        eight_bit_products: FP8, for Hopper GPUs, a little off (minwm.models.eight_bit); slow elsewhere
         fuse_context: a chunk whose context is not settled is written in one pass with the next one's first step: fewer
             passes in all, but on the path from action to frame. Not for models with a sink
         """
         self.world = world
-        self._model = fuse(world.backbone.model, compiled=compiled)
+        self._model = fuse(world.backbone.model, compiled=compiled, eight_bit=eight_bit_products)
         self._steps = steps or world.card.steps
         config = world.backbone.config
         config.sampling_levels(self._steps)
@@ -131,7 +132,7 @@ class StreamingEngine:
 
         Raises SessionError when no slot is free, the prompt is too long, or the picture is unknown or no RGB image.
         """
-        picture = self._picture(start_image)
+        picture = start_picture(start_image, self.world)
         session = self.new_session(prompt, seed)
         if picture is not None:
             self._begin_with(session, picture)
@@ -374,18 +375,6 @@ class StreamingEngine:
 
     def _new_rollout(self) -> ChunkRollout:
         return ChunkRollout(self._model, self._history, self._latent_shape(), eight_bit=self._eight_bit)
-
-    def _picture(self, start: NDArray[np.uint8] | str | None) -> NDArray[np.uint8] | None:
-        if start is None:
-            return None
-        if isinstance(start, str):
-            if start not in self.world.starts:
-                raise SessionError(f"start image {start!r}: unknown, the model has {sorted(self.world.starts)}")
-            return self.world.starts[start]
-        if start.ndim != 3 or start.shape[2] != 3 or start.dtype != np.uint8 or start.size == 0:
-            raise SessionError(f"start image: {start.dtype} of shape {start.shape}, expected uint8 (y, x, 3)")
-        size = (self.spec.width, self.spec.height)
-        return np.asarray(Image.fromarray(start).resize(size, Image.Resampling.BOX))
 
     def _begin_with(self, session: Session, picture: NDArray[np.uint8]) -> None:
         """Fill the first chunk with the picture: each of its latent frames is the picture four times."""

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from minwm.errors import SessionError
 from minwm.geometry.actions import from_poses
 from minwm.geometry.camera import invert
 from minwm.geometry.live import CameraVelocity
@@ -21,6 +23,7 @@ from minwm.models.conditions import Conditions
 from minwm.models.prope import Cameras
 from minwm.models.rollout import ChunkRollout
 from minwm.models.transformer import Prompt
+from minwm.models.worlds import World
 from minwm.streaming.stream import Fidelity
 
 ANCHOR_REACH = 8.0
@@ -129,3 +132,20 @@ def join_states(states: Sequence[State | None]) -> State | None:
     """Decoder states of streams as one of a batch; of streams that all are at their beginning, or none of them is."""
     present = [state for state in states if state is not None]
     return tuple(torch.cat(parts) for parts in zip(*present, strict=True)) if present else None
+
+
+def start_picture(start: NDArray[np.uint8] | str | None, world: World) -> NDArray[np.uint8] | None:
+    """What a session begins with, (y, x, 3) of the world's size: a picture given, one of the world's by name, or none.
+
+    Raises SessionError for an unknown name and for what is no RGB picture.
+    """
+    if start is None:
+        return None
+    if isinstance(start, str):
+        if start not in world.starts:
+            raise SessionError(f"start image {start!r}: unknown, the model has {sorted(world.starts)}")
+        return world.starts[start]
+    if start.ndim != 3 or start.shape[2] != 3 or start.dtype != np.uint8 or start.size == 0:
+        raise SessionError(f"start image: {start.dtype} of shape {start.shape}, expected uint8 (y, x, 3)")
+    size = (world.card.width, world.card.height)
+    return np.asarray(Image.fromarray(start).resize(size, Image.Resampling.BOX))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minwm.errors import ConfigError
 from minwm_session.deployment import ServiceConfig
@@ -25,3 +26,9 @@ pytestmark = pytest.mark.unit
 def test_a_wrong_setting_is_named_with_what_was_expected(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ServiceConfig(**{"model": tmp_path, **change})
+
+
+def test_a_gpu_is_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device: cuda, expected cpu: PyTorch sees no GPU here"):
+        ServiceConfig(model=tmp_path, device="cuda")
