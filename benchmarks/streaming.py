@@ -7,7 +7,7 @@ Weights are random. A row per preset, size, fidelity (steps and window) and numb
 at a full window: a chunk's time and its parts, and, timed in turn with it, the same chunk by minWM's method and without
 a cache (benchmarks/baseline_loop.py), and the limit: the matrix products, convolutions and attention calls of its
 passes and its decoding alone. Figures are medians over the rounds. Then one session goes on for `--length` frames:
-do its chunks take longer as it does?
+do its chunks take longer as it does? And those of a session that has gone on for 100,000 chunks, by its counters?
 
 A chunk is all that is done between two boundaries, so frames/s can be kept up for ever. action_to_frame_ms is from a
 control at the boundary to the chunk's frames; the wait for the boundary comes on top. matmul_share is the limit over
@@ -18,32 +18,25 @@ its action to frame; denoiser_over_limit and baseline_over_denoiser compare the 
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
 import typer
 from baseline_loop import BaselineLoop, decode_clip, whole_window, without_cache
+from streaming_length import far_along, over_length
 from streaming_report import draw, show
+from streaming_sessions import Streams, Workload
 from streaming_worlds import Decoder, random_world, usual_sizes, world_config
 from torch import Tensor
 
-from minwm.errors import SessionError
-from minwm.geometry.live import CameraVelocity
-from minwm.models.context import History
-from minwm.models.costs import chunk_flops, latent_size
+from minwm.models.costs import chunk_flops
 from minwm.models.fused import fuse
-from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.rollout import ChunkRollout
 from minwm.models.transformer import Transformer
-from minwm.models.worlds import World
 from minwm.progress import progress_bar
-from minwm.streaming import Chunk, Fidelity, Session, StreamingEngine, Turn
-from minwm.streaming.snapshot import read, restore, take
-from minwm.streaming.snapshot import write as write_snapshot
 from models import (
     Device,
     Precision,
@@ -59,41 +52,7 @@ from models import (
     write,
 )
 
-POINTS = 50  # of the curve over a session's length
-VELOCITY = CameraVelocity(forward=1.0, yaw=10.0)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What one row of figures is of."""
-
-    world: World
-    fidelity: Fidelity
-    sessions: int
-    device: Device
-    compiled: bool = False
-    eight_bit: bool = False
-
-    @property
-    def history(self) -> History:
-        """What a chunk sees at this fidelity."""
-        return replace(self.world.backbone.config.history, window=self.fidelity.window)
-
-    @property
-    def latents(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return latent_size(self.world.backbone.config.architecture, self.world.card.height, self.world.card.width)
-
-    @property
-    def frames(self) -> int:
-        """RGB frames of one chunk, of all sessions."""
-        return self.sessions * self.history.chunk * FRAMES_PER_LATENT
-
-    def noise(self, frames: int) -> Tensor:
-        """Latents of all sessions."""
-        model = self.world.backbone.model
-        shape = (self.sessions, frames, model.architecture.channels, *self.latents)
-        return torch.randn(shape, dtype=next(model.parameters()).dtype, device=self.device.value)
+FAR = 100_000  # chunks
 
 
 def main(
@@ -126,80 +85,14 @@ def main(
                 figures.append(row(Workload(world, level, count, device, compiled, eight_bit), repeats, peak))
                 tell(len(figures), f"{config.preset} {size}, {level.steps}:{level.window}, {count} sessions")
             if length and any("skipped" not in one for one in figures[-len(levels) * len(counts) :]):
-                curves.append(over_length(Workload(world, levels[0], 1, device, compiled, eight_bit), length))
+                work = Workload(world, levels[0], 1, device, compiled, eight_bit)
+                curves.append({**over_length(work, length), **far_along(work, FAR, repeats)})
     report = {"machine": machine(device), "dtype": dtype.value, "repeats": repeats, "matrix_peak": peak}
     report |= {"figures": figures, "length": curves}
     write(out, report)
     if plots is not None:
         draw(plots, figures, curves)
     show(report)
-
-
-class Streams:
-    """Sessions that advance together: all that this benchmark asks of the engine.
-
-    parts: seconds that each `advance` took to denoise and to decode
-    """
-
-    def __init__(self, work: Workload, *, fuse: bool = False) -> None:
-        """fuse: write a chunk's context in one pass with the next one's first step, where it is not settled."""
-        self._work = work
-        self._engine = StreamingEngine(
-            work.world,
-            work.sessions + 1,
-            fuse_context=fuse,
-            compiled=work.compiled,
-            eight_bit_products=work.eight_bit,
-        )
-        self._sessions: list[Session] = []
-        self.parts: list[tuple[float, float]] = []
-
-    def open(self) -> None:
-        """New sessions in place of those that were."""
-        for session in self._sessions:
-            self._engine.close(session)
-        self._sessions = [
-            self._engine.open(seed=number, prompt=f"world {number}") for number in range(self._work.sessions)
-        ]
-
-    def advance(self) -> None:
-        """The next chunk of every session, to its frames."""
-        turns = [Turn(session, VELOCITY, fidelity=self._work.fidelity) for session in self._sessions]
-        made = self._engine.advance(turns)
-        chunks = [one for one in made if isinstance(one, Chunk)]
-        if len(chunks) < len(made):
-            raise next(one for one in made if isinstance(one, SessionError))
-        self.parts.append((max(one.denoise_seconds for one in chunks), max(one.decode_seconds for one in chunks)))
-
-    def settle(self) -> None:
-        """Its clean context."""
-        self._engine.settle(self._sessions)
-
-    @property
-    def bytes_per_session(self) -> int:
-        """What an open session keeps."""
-        return self._engine.bytes_per_session
-
-    def kept(self) -> dict[str, float]:
-        """Size of a session's snapshot, and milliseconds to take, write, read and restore it."""
-        engine, spent, began = self._engine, {}, time.perf_counter()
-
-        def lap(name: str) -> None:
-            nonlocal began
-            settle(self._work.device)
-            spent[f"{name}_ms"], began = 1e3 * (time.perf_counter() - began), time.perf_counter()
-
-        snapshot = take(engine, self._sessions[0])
-        lap("snapshot")
-        with TemporaryDirectory() as folder:
-            write_snapshot(snapshot, Path(folder) / "kept")
-            lap("snapshot_write")
-            snapshot = read(Path(folder) / "kept")
-            lap("snapshot_read")
-        session = restore(engine, snapshot)
-        lap("restore")
-        engine.close(session)
-        return {"snapshot_bytes": snapshot.nbytes, **spent}
 
 
 def row(work: Workload, repeats: int, peak: float | None) -> dict[str, Any]:
@@ -349,30 +242,6 @@ def limit(work: Workload) -> dict[str, Run]:
             replay()
 
     return {"products": products, "decode_products": decoding.replay(small=False)}
-
-
-def over_length(work: Workload, frames: int) -> dict[str, Any]:
-    """Milliseconds of a chunk of one session of so many RGB frames: medians over stretches of it, by where they end."""
-    streams, spent = Streams(work), []
-    streams.open()
-    for _ in range(max(1, frames // work.frames)):
-        settle(work.device)
-        started = time.perf_counter()
-        streams.advance()
-        streams.settle()
-        settle(work.device)
-        spent.append(1e3 * (time.perf_counter() - started))
-    size = -(-len(spent) // POINTS)
-    stretches = [spent[start : start + size] for start in range(0, len(spent), size)]
-    return {
-        "preset": work.world.backbone.config.preset,
-        "height": work.world.card.height,
-        "width": work.world.card.width,
-        "steps": work.fidelity.steps,
-        "window": work.fidelity.window,
-        "frames": [min((number + 1) * size, len(spent)) * work.frames for number in range(len(stretches))],
-        "chunk_ms": [statistics.median(stretch) for stretch in stretches],
-    }
 
 
 if __name__ == "__main__":

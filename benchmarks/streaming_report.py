@@ -33,6 +33,10 @@ def show(report: Mapping[str, Any]) -> None:
         for one in every:
             if "skipped" in one:
                 console.print(f"{stem(one)}, {one['sessions']} sessions: skipped: {one['skipped']}")
+    for curve in report["length"]:
+        console.print(
+            f"{stem(curve)}: {curve['far']:,} chunks later a chunk takes {curve['late_over_early']:.3f} of it"
+        )
 
 
 def _formatted(form: str, name: str) -> Callable[[Figures], str]:

@@ -20,10 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from minwm.errors import ConfigError
+from minwm.geometry.live import CameraVelocity
 from minwm.models.backbones import Backbone
 from minwm.models.context import History
 from minwm.models.costs import Pass, forward_flops
 from minwm.models.presets import preset
+from minwm.streaming import Chunk, Fidelity, StreamingEngine, Turn
+from minwm.streaming.snapshot import restore, take
 from minwm.training.dry_run import plan
 
 pytestmark = pytest.mark.unit
@@ -67,8 +70,21 @@ def streaming_worlds(models: ModuleType) -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def streaming_sessions(models: ModuleType) -> Iterator[ModuleType]:
+    yield from script("streaming_sessions")
+
+
+@pytest.fixture(scope="module")
+def streaming_length(streaming_sessions: ModuleType) -> Iterator[ModuleType]:
+    yield from script("streaming_length")
+
+
+@pytest.fixture(scope="module")
 def streaming(
-    baseline_loop: ModuleType, streaming_report: ModuleType, streaming_worlds: ModuleType
+    baseline_loop: ModuleType,
+    streaming_length: ModuleType,
+    streaming_report: ModuleType,
+    streaming_worlds: ModuleType,
 ) -> Iterator[ModuleType]:
     yield from script("streaming")
 
@@ -157,10 +173,10 @@ def test_a_streaming_row_is_of_one_chunk_its_parts_and_its_rivals(streaming: Mod
     report = run(streaming, tmp_path, *what, "--dtype", "float32", "--plots", str(plots))
     assert [row["sessions"] for row in report["figures"]] == [1, 2]
     for row in report["figures"]:
-        names = ("preset", "device", "compiled", "height", "width", "chunk", "steps", "window")
+        names = ("preset", "device", "compiled", "eight_bit", "height", "width", "chunk", "steps", "window")
         about = {name: row.pop(name) for name in names}
         assert about == {"preset": "wan-doom", "device": report["machine"]["device"], "height": 16, "width": 32} | {
-            "compiled": False, "chunk": 2, "steps": 2, "window": 4,
+            "compiled": False, "eight_bit": False, "chunk": 2, "steps": 2, "window": 4,
         }  # fmt: skip
         assert all(math.isfinite(figure) and figure > 0 for figure in row.values()), row
         parts = ("denoise_ms", "context_ms", "decode_ms", "other_ms")
@@ -175,10 +191,30 @@ def test_a_streaming_row_is_of_one_chunk_its_parts_and_its_rivals(streaming: Mod
     (curve,) = report["length"]
     assert curve["frames"] == list(range(8, 89, 8)), "chunks of eight frames"
     assert len(curve["chunk_ms"]) == 11 and min(curve["chunk_ms"]) > 0
+    assert curve["far"] == 100_000 and curve["late_over_early"] == curve["late_chunk_ms"] / curve["early_chunk_ms"]
     drawn = sorted(path.name for path in plots.iterdir())
     assert drawn == [f"streaming-wan-doom-16x32-2-steps-window-4{what}.svg" for what in ("-length", "")]
     for name in drawn:
         ElementTree.parse(plots / name)
+
+
+def test_an_aged_session_is_the_same_farther_on(
+    streaming: ModuleType, streaming_length: ModuleType, new_backbone: Callable[..., Backbone]
+) -> None:
+    config = new_backbone(History(chunk=2, window=4, sink=2)).config
+    world = streaming.random_world(config, "32x48", streaming.Decoder.tiny, streaming.Device.cpu, torch.float32)
+    engine = StreamingEngine(world, 2)
+    session = engine.open(seed=3)
+    for _ in range(5):
+        engine.advance([Turn(session, CameraVelocity(yaw=20.0))])
+        engine.settle([session])
+    old = restore(engine, streaming_length.aged(take(engine, session), 100_000, 2))
+    assert (old.chunks, old.frames) == (session.chunks + 100_000, session.frames + 200_000)
+    assert old.rollout.frames == session.rollout.frames + 200_000
+    starts = [chunk.start for chunk in session.kept]
+    assert [chunk.start for chunk in old.kept] == [start + 200_000 for start in starts] != []
+    turns = [Turn(one, CameraVelocity(yaw=20.0)) for one in (session, old)]
+    assert all(isinstance(made, Chunk) for made in engine.advance(turns))
 
 
 def test_streaming_goes_on_without_a_camera_and_with_a_text_encoder_s_prompts(
@@ -208,7 +244,7 @@ def test_the_limit_of_a_chunk_is_the_arithmetic_of_its_passes_and_of_its_decodin
 ) -> None:
     config = new_backbone(History(chunk=2, window=4)).config
     world = streaming.random_world(config, "32x48", streaming.Decoder.tiny, streaming.Device.cpu, torch.float32)
-    work = streaming.Workload(world, streaming.Fidelity(steps=2, window=4), 3, streaming.Device.cpu)
+    work = streaming.Workload(world, Fidelity(steps=2, window=4), 3, streaming.Device.cpu)
 
     def flops(run: Callable[[], object]) -> int:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows no CPU kernel
