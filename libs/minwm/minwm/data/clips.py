@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from minwm.data.arrays import read_array
 from minwm.data.shards import Manifest, ShardReader, read_manifest, read_samples
 from minwm.data.video import decode_video, encode_video
 from minwm.errors import DataError
@@ -75,7 +76,7 @@ class Clip:
         """The inverse of `to_files`. Raises DataError naming a missing or damaged file."""
         try:
             about = json.loads(files["json"])
-            arrays = {part: np.load(io.BytesIO(files[f"{part}.npy"]), allow_pickle=False) for part in _ARRAYS}
+            arrays: dict[str, Any] = {part: read_array(files[f"{part}.npy"]) for part in _ARRAYS}
             return cls(name=name, frames=files[_VIDEO], **arrays, **about)
         except KeyError as error:
             raise DataError(f"clip {name}: lacks the file {error.args[0]}, has {sorted(files)}") from error

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minwm.data.arrays import read_arrays
 from minwm.data.shards import Manifest, ShardReader, ShardWriter, read_manifest, read_samples
 from minwm.data.video import decode_video, encode_video
 from minwm.errors import DataError
@@ -75,8 +76,8 @@ class Episode:
             if needed not in files:
                 raise DataError(f"episode {name}: lacks {needed}, has {sorted(files)}")
         try:
-            with np.load(io.BytesIO(files["track.npz"])) as archive:
-                track = {field: archive[field] for field in _TRACK}
+            arrays = read_arrays(files["track.npz"])
+            track = {field: arrays[field] for field in _TRACK}
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"episode {name}: track.npz cannot be read ({error})") from error
         return cls(
