@@ -101,15 +101,16 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _critics(judge: Path | None, features: str | None) -> "Critics":
-    """The judge as both critics, or another extractor in its place as the second."""
+    """The judge as both critics, or another extractor in its place as the second. What it is named by is its weights."""
+    import hashlib
     import importlib
 
-    from minwm.artifacts.store import folder_digest
     from minwm.evaluation.judge import load_judge
     from minwm.evaluation.measures import Critics
+    from minwm.models.checkpoints import WEIGHTS
 
     seen = None if judge is None else load_judge(judge)
-    name = "" if judge is None else folder_digest(judge)
+    name = "" if judge is None else hashlib.sha256((judge / WEIGHTS).read_bytes()).hexdigest()
     if features is None:
         return Critics(name=name, motion=seen, features=seen)
     module, _, function = features.partition(":")

@@ -8,6 +8,7 @@ from typing import Any
 _INK = "#767676"  # grey is read on both
 _HUES = ("#3b82c4", "#d9822b", "#4c9f70", "#9a6fc4")
 _MARKED = 40  # points up to which each is marked
+_BESIDE = 24  # letters up to which two names fit beside each other
 
 Line = tuple[str, Any, Any]
 """Name, x, y."""
@@ -51,4 +52,5 @@ def _draw(area: Any, axes: Axes) -> None:
     area.spines[["top", "right"]].set_visible(False)
     area.patch.set_visible(False)
     if len(axes.lines) > 1:
-        area.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(2, len(axes.lines)))
+        columns = 2 if max(len(label) for label, *_ in axes.lines) <= _BESIDE else 1
+        area.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
