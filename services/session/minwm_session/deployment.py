@@ -30,9 +30,9 @@ from minwm_session.interact import interact
 
 APPLICATION = "session"
 STATUS_DETAILS = "grpc-status-details-bin"
-# Clients, encoders and Ray want the cores as well: threads that wait for each other in a busy loop would take them from
-# the very thread they wait for.
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Threads wait for each other in a busy loop, which is quick, but takes the core from the very thread that they wait for
+# where clients, encoders and Ray want the cores as well: for about a tenth of a millisecond, then, and no longer.
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 _SERVICER = "minwm.client.v1.session_pb2_grpc.add_SessionServiceServicer_to_server"
 
 
@@ -72,10 +72,8 @@ class SessionService:
     """One replica. Its methods are those of `minwm.session.v1.SessionService`."""
 
     def __init__(self, config: ServiceConfig) -> None:
-        torch.set_num_threads(config.threads)  # Ray limits a replica to one thread by default
         registry = CollectorRegistry()
-        engine = StreamingEngine(load_world(config.model, device=config.device), config.slots)
-        self._host = SessionHost(engine, idle_seconds=config.idle_seconds, registry=registry)
+        self._host = SessionHost(lambda: _engine(config), idle_seconds=config.idle_seconds, registry=registry)
         self._host.warm_up()
         if config.metrics_port is not None:
             start_http_server(config.metrics_port, registry=registry)
@@ -99,6 +97,11 @@ class SessionService:
     async def ListModels(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
         """The one model of this service."""
         return pb.ListModelsResponse(models=[self._host.describe_model()])
+
+
+def _engine(config: ServiceConfig) -> StreamingEngine:
+    torch.set_num_threads(config.threads)  # of the thread that this runs on; Ray limits a replica to one
+    return StreamingEngine(load_world(config.model, device=config.device), config.slots)
 
 
 async def _events(stream: gRPCInputStream[pb.ClientEvent]) -> AsyncGenerator[pb.ClientEvent, None]:

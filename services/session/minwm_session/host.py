@@ -26,12 +26,19 @@ logger = logging.getLogger(__name__)
 class SessionHost:
     """One engine behind one thread."""
 
-    def __init__(self, engine: StreamingEngine, *, idle_seconds: float, registry: CollectorRegistry) -> None:
-        self.engine = engine
+    def __init__(
+        self, load: Callable[[], StreamingEngine], *, idle_seconds: float, registry: CollectorRegistry
+    ) -> None:
+        """load: makes the engine, on the engine's thread.
+
+        Nothing else may compute with PyTorch: for every thread that does, OpenMP keeps a team of its own, and with more
+        teams than cores waits for each operation asleep, which takes twice as long.
+        """
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self.engine = self._executor.submit(load).result()
         self.idle_seconds = idle_seconds
         self.metrics = Metrics(registry)
-        self._slots = engine.free_slots
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._slots = self.engine.free_slots
         self._count()
 
     @property
@@ -79,6 +86,9 @@ class SessionHost:
 
     def warm_up(self) -> None:
         """Generate and drop one chunk, so that the first client does not pay for what is lazy."""
+        self._executor.submit(self._warm_up).result()
+
+    def _warm_up(self) -> None:
         session = self.engine.open(seed=0)
         self.advance(session, CameraVelocity())
         self.engine.settle([session])

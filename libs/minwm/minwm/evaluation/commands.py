@@ -101,7 +101,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _critics(judge: Path | None, features: str | None) -> "Critics":
-    """The judge as both critics, or another extractor in its place as the second. What it is named by is its weights."""
+    """The judge as both critics, or another extractor in its place as the second; named by its weights."""
     import hashlib
     import importlib
 

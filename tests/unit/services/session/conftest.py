@@ -107,7 +107,7 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def host(engine: FlatEngine, registry: CollectorRegistry) -> SessionHost:
-    return SessionHost(engine, idle_seconds=5.0, registry=registry)  # type: ignore[arg-type]
+    return SessionHost(lambda: engine, idle_seconds=5.0, registry=registry)  # type: ignore[arg-type]
 
 
 class Conversation:
