@@ -110,6 +110,7 @@ def test_a_run_goes_on_only_with_the_same_recipe_and_data(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
 def test_compiled_blocks_train_as_plain_ones_do(tmp_path: Path, values: dict[str, Any]) -> None:
     losses = []
     for compiled in (False, True):
