@@ -34,9 +34,8 @@ def show(report: Mapping[str, Any]) -> None:
             if "skipped" in one:
                 console.print(f"{stem(one)}, {one['sessions']} sessions: skipped: {one['skipped']}")
     for curve in report["length"]:
-        console.print(
-            f"{stem(curve)}: {curve['far']:,} chunks later a chunk takes {curve['late_over_early']:.3f} of it"
-        )
+        ratio = f"{curve['late_over_early']:.3f}"
+        console.print(f"{stem(curve)}: {curve['far']:,} chunks on, a chunk takes {ratio} times as long")
 
 
 def _formatted(form: str, name: str) -> Callable[[Figures], str]:
