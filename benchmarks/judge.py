@@ -33,6 +33,7 @@ from minwm.evaluation.judge import (
 from minwm.models.autoencoder import Autoencoder
 from minwm.models.checkpoints import load_autoencoder
 from minwm.models.layout import FRAMES_PER_LATENT
+from minwm.precision import native_dtype
 
 CHUNK = 32  # latent frames decoded at a time
 
@@ -47,7 +48,7 @@ def main(
 ) -> None:
     """Measure, print and write the figures."""
     model = load_judge(judge)
-    autoencoder = load_autoencoder(through, torch.bfloat16) if through else None
+    autoencoder = load_autoencoder(through, native_dtype()) if through else None
     clips = [
         clip
         for index, episode in enumerate(iterate_episodes(data))
@@ -76,7 +77,7 @@ def _clips(episode: Episode, length: int, autoencoder: Autoencoder | None) -> It
 
 @torch.inference_mode()
 def _reconstructed(autoencoder: Autoencoder, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    latents = torch.from_numpy(encode_stream(autoencoder, frames)).to(torch.bfloat16)
+    latents = torch.from_numpy(encode_stream(autoencoder, frames)).to(native_dtype())
     pieces, state = [], None
     for part in latents.split(CHUNK):
         decoded, state = autoencoder.decode(part[None], state)

@@ -40,6 +40,7 @@ from minwm.models.prope import Cameras
 from minwm.models.text import Embedded
 from minwm.models.transformer import Prompt, Transformer
 from minwm.models.wan import WanConfig
+from minwm.precision import native_dtype
 
 MEMORY_SHARE = 0.7  # of the machine's, for weights and cache; the rest is for activations
 PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
@@ -74,14 +75,16 @@ class Case:
 def main(
     presets: Annotated[list[str] | None, typer.Option("--preset", help="Repeatable; wan-doom if not given.")] = None,
     device: Annotated[Device, typer.Option(help="Where it runs.")] = Device.cpu,
-    dtype: Annotated[Precision, typer.Option(help="Of weights, caches and activations.")] = Precision.bfloat16,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Of weights, caches and activations; the device's own if not given.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Of the picture; the preset's if not given.")] = None,
     width: Annotated[int | None, typer.Option(help="Of the picture; the preset's if not given.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of every forward.")] = 50,
     out: Annotated[Path | None, typer.Option(help="Figures as JSON.")] = None,
 ) -> None:
     """Time the transformers, and compare them with the machine's own matrix products."""
-    precision, figures = getattr(torch, dtype.value), []
+    precision, figures = precision_of(dtype, device), []
     with torch.inference_mode():
         peak = matrix_peak(device, precision)
         for name in presets or ["wan-doom"]:
@@ -97,9 +100,19 @@ def main(
                     figures.append({"preset": name, "context": case.name, **asdict(case.shape), **row})
             except torch.OutOfMemoryError as error:
                 figures.append({"preset": name, "skipped": str(error).partition("\n")[0]})
-    report = {"machine": machine(device), "dtype": dtype.value, "repeats": repeats, "matrix_peak": peak}
+    report = {
+        "machine": machine(device),
+        "dtype": str(precision).removeprefix("torch."),
+        "repeats": repeats,
+        "matrix_peak": peak,
+    }
     write(out, {**report, "figures": figures})
     show(report, figures)
+
+
+def precision_of(asked: Precision | None, device: Device) -> torch.dtype:
+    """What was asked for, or the device's own."""
+    return native_dtype(device.value) if asked is None else getattr(torch, asked.value)
 
 
 def write(out: Path | None, report: Mapping[str, Any]) -> None:

@@ -46,6 +46,7 @@ from models import (
     longest_prompt,
     machine,
     matrix_peak,
+    precision_of,
     random_conditions,
     require_memory,
     settle,
@@ -63,7 +64,9 @@ def main(
     chunk: Annotated[int | None, typer.Option(help="Latent frames of a chunk; the preset's if not given.")] = None,
     decoder: Annotated[Decoder, typer.Option(help="Of presets whose autoencoder is published.")] = Decoder.tiny,
     device: Annotated[Device, typer.Option(help="Where it runs.")] = Device.cpu,
-    dtype: Annotated[Precision, typer.Option(help="Of weights, caches and activations.")] = Precision.bfloat16,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Of weights, caches and activations; the device's own if not given.")
+    ] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile the engine's blocks.")] = False,
     eight_bit: Annotated[bool, typer.Option("--eight-bit", help="FP8 products in the engine's blocks.")] = False,
     length: Annotated[int, typer.Option(min=0, help="RGB frames of the long session; 0: none.")] = 10_000,
@@ -72,7 +75,7 @@ def main(
     plots: Annotated[Path | None, typer.Option(help="Folder for plots as SVG.")] = None,
 ) -> None:
     """Time streaming sessions, and compare them with slower ways and with the limit."""
-    precision, figures, curves = getattr(torch, dtype.value), [], []
+    precision, figures, curves = precision_of(dtype, device), [], []
     configs = [world_config(name, chunk, fidelities) for name in presets or ["wan-doom"]]
     worlds = [(*config, size) for config in configs for size in sizes or usual_sizes(config[0].preset)]
     counts = sessions or [1, 2, 4, 8]
@@ -87,7 +90,12 @@ def main(
             if length and any("skipped" not in one for one in figures[-len(levels) * len(counts) :]):
                 work = Workload(world, levels[0], 1, device, compiled, eight_bit)
                 curves.append({**over_length(work, length), **far_along(work, FAR, repeats)})
-    report = {"machine": machine(device), "dtype": dtype.value, "repeats": repeats, "matrix_peak": peak}
+    report = {
+        "machine": machine(device),
+        "dtype": str(precision).removeprefix("torch."),
+        "repeats": repeats,
+        "matrix_peak": peak,
+    }
     report |= {"figures": figures, "length": curves}
     write(out, report)
     if plots is not None:

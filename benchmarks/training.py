@@ -3,10 +3,10 @@
     python benchmarks/training.py --preset wan-doom --device cpu --out build/training.json
 
 Times whole steps on random weights and clips: losses, gradients, AdamW. Their FLOP/s (minwm.training.dry_run, nothing
-counted that is computed twice) stand beside the machine's fastest bf16 matrix product; on a CPU also beside the floor,
-the step's own matrix products and attention alone, forward and backward. What is compared is timed in turn and figures
-are medians. DMD is timed at each of its exit steps, its critic five times for each time of its generator, as it is
-trained. The stage `ode` makes the autoregressive stage's passes and is not timed.
+counted that is computed twice) stand beside the machine's fastest matrix product, which has the precision that they
+have; on a CPU also beside the floor, the step's own matrix products and attention alone, forward and backward. What is
+compared is timed in turn and figures are medians. DMD is timed at each of its exit steps, its critic five times for
+each time of its generator, as it is trained. The stage `ode` makes the autoregressive stage's passes and is not timed.
 """
 
 from collections import Counter
@@ -29,6 +29,7 @@ from minwm.models.backbones import Backbone
 from minwm.models.costs import Sizes, latent_size, picture_size
 from minwm.models.presets import WorldConfig, preset
 from minwm.models.transformer import Transformer
+from minwm.precision import native_dtype
 from minwm.training.autoregressive import Autoregressive, AutoregressiveConfig
 from minwm.training.bidirectional import Bidirectional, BidirectionalConfig
 from minwm.training.consistency import Consistency, ConsistencyConfig
@@ -69,7 +70,7 @@ def main(
     """Time training steps, and compare them with the machine's own matrix products."""
     world, usual = preset(name), picture_size(name)
     size = latent_size(world.architecture, height or usual[0], width or usual[1])
-    peak, figures = matrix_peak(device, torch.bfloat16), []
+    peak, figures = matrix_peak(device, native_dtype(device.value)), []
     for stage in stages or STAGES:
         made = recipe(stage, name, frames, size, batch)
         row, planned = measure(made, world, device, repeats, checkpointed, compiled), plan(made)
@@ -139,10 +140,11 @@ def updates(stage: Stage, turn: str, batch: Any, draws: Sequence[Draw], device: 
     """Makes an update of a network for each of the draws."""
     network = stage.networks[turn]
     optimizer = torch.optim.AdamW(network.parameters(), 1e-6, fused=True)
+    quick = native_dtype(device.value) is torch.bfloat16
 
     def run() -> None:
         for draw in draws:
-            with torch.autocast(device.value, torch.bfloat16):
+            with torch.autocast(device.value, torch.bfloat16, enabled=quick):
                 loss, _ = stage.loss(turn, batch, draw)
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -235,7 +237,7 @@ def show(report: dict[str, Any], figures: list[dict[str, Any]]) -> None:
     """Print the figures."""
     title = (
         f"{report['preset']}, {report['machine']['device']}, {report['machine']['threads']} threads: "
-        f"bf16 products reach {report['matrix_peak'] / 1e9:,.0f} GFLOP/s"
+        f"products reach {report['matrix_peak'] / 1e9:,.0f} GFLOP/s"
     )
     table = Table("stage", "step", "tokens/s", "GFLOP/s", "of that", "over floor", title=title)
     for row in figures:

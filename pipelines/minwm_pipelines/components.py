@@ -16,12 +16,11 @@ def make_dataset(
     """Play the game, annotate, encode, write shards; keep them in the artifact store as `datasets/NAME/DIGEST`."""
     from pathlib import Path
 
-    import torch
-
     from minwm.artifacts.store import DirectoryStore
     from minwm.data.build import build_clips
     from minwm.data.doom import record
     from minwm.models.checkpoints import load_autoencoder
+    from minwm.precision import native_dtype
     from minwm.progress import progress_bar
     from minwm_pipelines.recipes import data_recipe
 
@@ -29,7 +28,7 @@ def make_dataset(
     folder = Path(dataset.path)
     with progress_bar("Playing and encoding", config.game.episodes) as report:
         report(0)
-        encoder = load_autoencoder(Path(autoencoder.path), torch.bfloat16)
+        encoder = load_autoencoder(Path(autoencoder.path), native_dtype())
         manifest = build_clips(record(config.game), encoder, folder, config.clips, report)
     DirectoryStore(Path(store)).put_folder(f"datasets/{name}/{manifest.digest()}", folder)
     dataset.metadata.update(digest=manifest.digest(), samples=manifest.samples, clips=manifest.about["clips"])

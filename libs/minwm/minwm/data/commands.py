@@ -51,15 +51,14 @@ def build(
     heldout_every: Annotated[int, typer.Option(help="Keep each n-th episode from training.")] = 5,
 ) -> None:
     """Annotate, encode and cut recordings into clips, and write them as shards with a manifest."""
-    import torch
-
     from minwm.data.build import ClipsConfig, build_clips
     from minwm.data.episode import KIND, iterate_episodes
     from minwm.data.shards import read_manifest
     from minwm.models.checkpoints import load_autoencoder
+    from minwm.precision import native_dtype
 
     config = ClipsConfig(clip_frames=clip_frames, heldout_every=heldout_every)
-    model = load_autoencoder(autoencoder, torch.bfloat16)
+    model = load_autoencoder(autoencoder, native_dtype())
     with progress_bar("encoding", read_manifest(episodes, KIND).samples) as report:
         manifest = build_clips(iterate_episodes(episodes), model, out, config, report)
     typer.echo(f"{manifest.samples} clips in {out}: {manifest.about['clips']}, {manifest.about['dropped']} dropped")

@@ -58,6 +58,7 @@ def evaluate_world(
     from minwm.evaluation.heldout import HeldoutConfig, open_world, record_heldout
     from minwm.evaluation.page import write_page
     from minwm.models.backbones import load_backbone
+    from minwm.precision import native_dtype
 
     asked = {
         "clips": clips,
@@ -84,7 +85,7 @@ def evaluate_world(
         config,
         critics=_critics(judge, features),
         teacher=None if teacher is None else _teacher(teacher),
-        base=None if base is None else load_backbone(base, _dtype()),
+        base=None if base is None else load_backbone(base, native_dtype()),
         long_data=long_data,
         bars=progress_bar,
     )
@@ -124,14 +125,9 @@ def _critics(judge: Path | None, features: str | None) -> "Critics":
 def _teacher(path: Path) -> "Backbone | TeacherRecord":
     from minwm.evaluation.teacher import load_teacher
     from minwm.models.backbones import load_backbone
+    from minwm.precision import native_dtype
 
-    return load_backbone(path, _dtype()) if path.is_dir() else load_teacher(path)
-
-
-def _dtype() -> Any:
-    import torch
-
-    return torch.bfloat16
+    return load_backbone(path, native_dtype()) if path.is_dir() else load_teacher(path)
 
 
 def _print(result: dict[str, Any], out: Path) -> None:

@@ -20,6 +20,7 @@ from minwm.errors import DataError, TrainingError
 from minwm.models.backbones import Backbone
 from minwm.models.conditions import Conditions
 from minwm.models.context import teacher_forcing
+from minwm.precision import native_dtype
 from minwm.randomness import generator
 from minwm.training.autoregressive import denoise_given_clean
 from minwm.training.batch import Batch, WindowConfig, cut_windows
@@ -121,12 +122,12 @@ def _losses(
     """The loss of every window (b,) at one noise level, steered by these."""
     model = backbone.model
     context = teacher_forcing(noise.shape[1], backbone.config.history)
-    losses = []
+    losses, quick = [], native_dtype(noise.device) is torch.bfloat16
     for first in range(0, len(noise), batch_size):
         part = slice(first, first + batch_size)
         clean, drawn = windows.latents[part], noise[part]
         sigma = level.expand(clean.shape[:2])
-        with torch.autocast(clean.device.type, torch.bfloat16):
+        with torch.autocast(clean.device.type, torch.bfloat16, enabled=quick):
             predicted = denoise_given_clean(
                 model,
                 flow.add_noise(clean, drawn, sigma),

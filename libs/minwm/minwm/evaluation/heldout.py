@@ -10,8 +10,6 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from minwm.artifacts.store import folder_digest
 from minwm.config import build
 from minwm.data.build import ClipsConfig, build_clips
@@ -24,6 +22,7 @@ from minwm.models.backbones import load_backbone
 from minwm.models.checkpoints import load_autoencoder, read_json
 from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.worlds import WORLD, World, WorldCard, load_world
+from minwm.precision import native_dtype
 
 _LARGEST_CHUNK = 4
 _SEED = 9_001  # of the walks; training's seeds are small numbers
@@ -83,7 +82,7 @@ def _is_world(folder: Path, autoencoder: Path | None) -> bool:
 
 
 def _assemble(folder: Path, autoencoder: Path, data: Path) -> World:
-    backbone = load_backbone(folder, torch.bfloat16)
+    backbone = load_backbone(folder, native_dtype())
     backbone.model.eval().requires_grad_(False)
     clips, manifest = load_clips(data, "heldout")
     height, width = manifest.about["size"]
@@ -96,7 +95,7 @@ def _assemble(folder: Path, autoencoder: Path, data: Path) -> World:
         intrinsics=(fx, fy, cx, cy),
         speeds=Speeds(**manifest.about["speeds"]),
     )
-    return World(card, backbone, load_autoencoder(autoencoder, torch.bfloat16).requires_grad_(False), {})
+    return World(card, backbone, load_autoencoder(autoencoder, native_dtype()).requires_grad_(False), {})
 
 
 def record_heldout(folder: Path, world: Path, autoencoder: Path | None, config: HeldoutConfig, bars: Bars) -> Path:
@@ -124,7 +123,7 @@ def record_heldout(folder: Path, world: Path, autoencoder: Path | None, config: 
     identity = json.dumps([asdict(game), config.clip_frames, config.max_blocked, folder_digest(encoder)])
     data = folder / hashlib.sha256(identity.encode()).hexdigest()[:12]
     if not (data / MANIFEST).is_file():
-        model = load_autoencoder(encoder, torch.bfloat16)
+        model = load_autoencoder(encoder, native_dtype())
         cut = ClipsConfig(clip_frames=config.clip_frames, heldout_every=1, max_blocked=config.max_blocked)
         with bars("recording", game.episodes) as report:
             build_clips(record(game), model, data, cut, report)

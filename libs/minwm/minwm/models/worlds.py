@@ -21,6 +21,7 @@ from minwm.geometry.live import Speeds
 from minwm.models.autoencoder import Autoencoder
 from minwm.models.backbones import Backbone, load_backbone
 from minwm.models.checkpoints import load_autoencoder, read_json
+from minwm.precision import native_dtype
 
 WORLD = "world.json"
 
@@ -65,12 +66,16 @@ def save_world(
     os.replace(partial, folder)
 
 
-def load_world(folder: Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> World:
-    """A world ready to generate on a device. Raises CheckpointError or ConfigError for whatever does not fit."""
+def load_world(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> World:
+    """A world ready to generate on a device, in the device's own precision unless another is given.
+
+    Raises CheckpointError or ConfigError for whatever does not fit.
+    """
     path = folder / WORLD
     if not path.is_file():
         raise CheckpointError(f"{folder}: not a world model (it has no {WORLD})")
     card = build(WorldCard, read_json(path), str(path))
+    dtype = dtype or native_dtype(device)
     backbone = load_backbone(folder / "backbone", dtype)
     backbone.model.eval().requires_grad_(False).to(device)
     autoencoder = load_autoencoder(folder / "autoencoder", dtype).requires_grad_(False).to(device)

@@ -53,8 +53,7 @@ class Pace:
         self._batch, self._work, self._device = run.batch_size, work, device
         self._peak = 0.0
         if work is not None and work.flops is not None:
-            dtype = torch.bfloat16 if run.bf16 else torch.float32
-            self._peak = world * (run.peak_flops or matmul_flops(device, dtype))
+            self._peak = world * (run.peak_flops or matmul_flops(device, run.dtype(device)))
         self._since = time.perf_counter()
 
     def of_step(self, data_wait: float) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from minwm.errors import ConfigError
+from minwm.precision import native_dtype
 from minwm.training.engine import EngineName
 from minwm.training.parallel import ParallelConfig
 
@@ -17,7 +18,8 @@ _DECIDES = ("seed", "batch_size", "bf16")  # what the numbers depend on; accumul
 class RunConfig:
     """A step sees `batch_size` samples, in `accumulation` equal parts, over all processes.
 
-    bf16:             losses are computed under autocast; weights stay float32
+    bf16:             losses are computed under autocast on devices that multiply it quickly (minwm.precision); weights
+                      stay float32
     compile:          the transformers' blocks, which takes a minute at the start
     checkpoint_activations: keep what goes into the transformers' blocks alone, and compute the rest once more
     keep:             checkpoints kept beside the best one
@@ -86,4 +88,8 @@ class RunConfig:
 
     def precision(self, device: torch.device) -> AbstractContextManager[object]:
         """What losses are computed under."""
-        return torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        return torch.autocast(device.type, torch.bfloat16) if self.dtype(device) is torch.bfloat16 else nullcontext()
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """Of the losses' products."""
+        return native_dtype(device) if self.bf16 else torch.float32
