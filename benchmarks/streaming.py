@@ -32,6 +32,7 @@ from streaming_sessions import Streams, Workload
 from streaming_worlds import Decoder, random_world, usual_sizes, world_config
 from torch import Tensor
 
+from minwm.memory import keep_freed_memory
 from minwm.models.costs import chunk_flops
 from minwm.models.fused import fuse
 from minwm.models.rollout import ChunkRollout
@@ -67,7 +68,7 @@ def main(
     dtype: Annotated[
         Precision | None, typer.Option(help="Of weights, caches and activations; the device's own if not given.")
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the engine's blocks.")] = False,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the engine's passes.")] = False,
     eight_bit: Annotated[bool, typer.Option("--eight-bit", help="FP8 products in the engine's blocks.")] = False,
     length: Annotated[int, typer.Option(min=0, help="RGB frames of the long session; 0: none.")] = 10_000,
     repeats: Annotated[int, typer.Option(min=1, max=200, help="Timings of everything.")] = 10,
@@ -75,6 +76,7 @@ def main(
     plots: Annotated[Path | None, typer.Option(help="Folder for plots as SVG.")] = None,
 ) -> None:
     """Time streaming sessions, and compare them with slower ways and with the limit."""
+    keep_freed_memory()
     precision, figures, curves = precision_of(dtype, device), [], []
     configs = [world_config(name, chunk, fidelities) for name in presets or ["wan-doom"]]
     worlds = [(*config, size) for config in configs for size in sizes or usual_sizes(config[0].preset)]
@@ -166,8 +168,8 @@ def eight_bit_error(work: Workload) -> dict[str, float]:
     def velocity(of: Transformer) -> Tensor:
         return of(latents, timesteps, of.prompt(text), whole_window(history), conditions).float()
 
-    exact, rounded = velocity(model), velocity(fuse(model, compiled=False, eight_bit=True))
-    fused = velocity(fuse(model, compiled=False))
+    exact, rounded = velocity(model), velocity(fuse(model, eight_bit=True))
+    fused = velocity(fuse(model))
     return {
         "eight_bit_error": float((rounded - exact).norm() / exact.norm()),
         "fused_error": float((fused - exact).norm() / exact.norm()),
@@ -231,7 +233,7 @@ def rivals(work: Workload) -> dict[str, Run]:
 
 def limit(work: Workload) -> dict[str, Run]:
     """The matrix products, convolutions and attention calls of a chunk's passes, and of its decoding."""
-    model, history, decoder = fuse(work.world.backbone.model, compiled=False), work.history, work.world.autoencoder
+    model, history, decoder = fuse(work.world.backbone.model), work.history, work.world.autoencoder
     latents = work.noise(history.chunk)
     prompt = model.prompt(longest_prompt(model.architecture, work.device, work.sessions))
     conditions = random_conditions(history.chunk, work.device).streams(torch.zeros(work.sessions, dtype=torch.long))

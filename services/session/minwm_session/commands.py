@@ -22,13 +22,20 @@ def serve(
     metrics_port: Annotated[int, typer.Option(help="Port of the Prometheus metrics.")] = 9090,
     idle_seconds: Annotated[float, typer.Option(help="End a session that is silent and without credit.")] = 60.0,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the model runs.")] = "cpu",
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile it; ready a minute later.")] = False,
 ) -> None:
     """Serve a model to interactive sessions over gRPC, until Ctrl-C."""
     from minwm_session.deployment import ServiceConfig, running_service  # takes seconds to import
 
     console = Console()
     config = ServiceConfig(
-        model=model, port=port, slots=slots, metrics_port=metrics_port, idle_seconds=idle_seconds, device=device
+        model=model,
+        port=port,
+        slots=slots,
+        metrics_port=metrics_port,
+        idle_seconds=idle_seconds,
+        device=device,
+        compiled=compiled,
     )
     with ExitStack() as stack:
         with console.status(f"Starting Ray Serve with {model} (about half a minute)"):

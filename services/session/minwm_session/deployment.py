@@ -22,6 +22,7 @@ from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
 from minwm.client.v1 import session_pb2 as pb
 from minwm.errors import ConfigError, SessionError
+from minwm.memory import KEEP_FREED
 from minwm.models.worlds import load_world
 from minwm.streaming import StreamingEngine
 from minwm_session.errors import to_status
@@ -32,7 +33,7 @@ APPLICATION = "session"
 STATUS_DETAILS = "grpc-status-details-bin"
 # Threads wait for each other in a busy loop, which is quick, but takes the core from the very thread that they wait for
 # where clients, encoders and Ray want the cores as well: for about a tenth of a millisecond, then, and no longer.
-_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", **KEEP_FREED}
 _SERVICER = "minwm.client.v1.session_pb2_grpc.add_SessionServiceServicer_to_server"
 
 
@@ -43,6 +44,7 @@ class ServiceConfig:
     metrics_port: None: no metrics end point
     device:       that the model runs on, `cpu` or `cuda`
     threads:      that it computes with on a CPU
+    compiled:     passes at full windows, which takes up to a minute before it is ready, and a C++ compiler on CPUs
     """
 
     model: Path
@@ -52,6 +54,7 @@ class ServiceConfig:
     idle_seconds: float = 60.0
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = os.cpu_count() or 1
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if not self.model.is_dir():
@@ -101,7 +104,7 @@ class SessionService:
 
 def _engine(config: ServiceConfig) -> StreamingEngine:
     torch.set_num_threads(config.threads)  # of the thread that this runs on; Ray limits a replica to one
-    return StreamingEngine(load_world(config.model, device=config.device), config.slots)
+    return StreamingEngine(load_world(config.model, device=config.device), config.slots, compiled=config.compiled)
 
 
 async def _events(stream: gRPCInputStream[pb.ClientEvent]) -> AsyncGenerator[pb.ClientEvent, None]:

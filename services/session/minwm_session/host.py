@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from minwm.client.v1 import session_pb2 as pb
 from minwm.errors import SessionError
 from minwm.geometry.live import CameraVelocity
-from minwm.streaming import Chunk, Session, StreamingEngine, StreamSpec, Turn
+from minwm.streaming import Chunk, Session, StreamingEngine, StreamSpec, Turn, warm_up
 from minwm_session.errors import NoFreeSlotError
 from minwm_session.metrics import Metrics
 from minwm_session.opening import Opening
@@ -85,14 +85,10 @@ class SessionHost:
         return result
 
     def warm_up(self) -> None:
-        """Generate and drop one chunk, so that the first client does not pay for what is lazy."""
-        self._executor.submit(self._warm_up).result()
-
-    def _warm_up(self) -> None:
-        session = self.engine.open(seed=0)
-        self.advance(session, CameraVelocity())
-        self.engine.settle([session])
-        self.engine.close(session)
+        """Make what the first client would wait for otherwise, and say how long it took."""
+        seconds = sum(self._executor.submit(warm_up, self.engine).result().values())
+        self.metrics.warm_up.set(seconds)
+        logger.info("warmed up in %.1f s", seconds)
 
     def _open(self, opening: Opening) -> Session:
         if self.engine.free_slots == 0:

@@ -30,6 +30,11 @@ class Metrics:
             buckets=_STAGE_BUCKETS,
             registry=registry,
         )
+        self.warm_up = Gauge(
+            "minwm_warm_up_seconds",
+            "Time the engine was warmed up for, before the replica was ready.",
+            registry=registry,
+        )
         self.sessions = Gauge("minwm_sessions", "Open sessions.", registry=registry)
         self.slots = Gauge("minwm_session_slots", "Session slots that are free or used.", ["state"], registry=registry)
         self.chunks = Counter("minwm_chunks_total", "Chunks handed to streams.", registry=registry)

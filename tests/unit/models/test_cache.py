@@ -246,14 +246,19 @@ def test_a_pass_with_gradient_leaves_the_cache_as_it_was_and_the_gradient_flows(
     assert not stored.requires_grad
 
 
+def memory(cache: KVCache) -> int:
+    """Bytes of all tensors that a cache holds."""
+    tensors = [cache._raw, *(tensor for held in cache.held() for tensor in held)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
 def test_the_declared_bytes_are_those_allocated() -> None:
     history = History(chunk=2, window=5, sink=1)
     geometry = CacheGeometry(layers=3, heads=4, head_dim=8, tokens_per_frame=6, history=history)
     cache = KVCache(geometry, 1, torch.bfloat16)
     # keys and values of 1 + 5 frames of 6 tokens, and of 1 once more, raw; 4 heads of 8, 3 layers, 2 bytes each
     assert geometry.bytes(torch.bfloat16) == 2 * (6 + 1) * 6 * 4 * 8 * 3 * 2
-    held = sum(tensor.untyped_storage().nbytes() for tensor in cache._tensors().values())
-    assert held == geometry.bytes(torch.bfloat16)
+    assert memory(cache) == geometry.bytes(torch.bfloat16)
 
 
 @pytest.mark.parametrize("history", FEW_HISTORIES, ids=lambda h: f"chunk{h.chunk}")
@@ -341,9 +346,7 @@ def test_eight_bits_hold_every_number_to_half_a_step(history: History) -> None:
             got = eight.update(layer, start, history.chunk, kv, beside)
             step = true.abs().amax(-1, keepdim=True) / 127
             assert ((got - true).abs() <= 0.501 * step).all()
-    assert sum(tensor.nbytes for tensor in eight._tensors().values()) == 2 * geometry.bytes(
-        torch.float32, eight_bit=True
-    )
+    assert memory(eight) == 2 * geometry.bytes(torch.float32, eight_bit=True)
 
 
 def test_eight_bits_carry_no_gradient() -> None:

@@ -41,7 +41,7 @@ def _prompt(backbone: Backbone, model: Transformer) -> object:
 def test_it_gives_the_same_velocities_in_every_context(new_backbone: NewBackbone, conditions: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     backbone = new_backbone(conditions=conditions)
-    model, fused = backbone.model, fuse(backbone.model, compiled=False)
+    model, fused = backbone.model, fuse(backbone.model)
     assert any(isinstance(block, FusedBlock) for block in fused.modules())
     given = _cameras(4, 1)
     if "action_timestep" in conditions:
@@ -74,13 +74,13 @@ def test_rollouts_of_several_worlds_past_their_sinks_go_the_same_way(new_backbon
         noise = torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(3))
         return model(noise, torch.full((2, 2), 700.0), text, together(contexts), join_conditions(steering))
 
-    fused = fuse(backbone.model, compiled=False)
+    fused = fuse(backbone.model)
     torch.testing.assert_close(velocity(fused), velocity(backbone.model), rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_a_copy_that_leaves_the_model_alone(new_backbone: NewBackbone) -> None:
     model = new_backbone().model
-    fused = fuse(model, compiled=False)
+    fused = fuse(model)
     assert not any(isinstance(module, FusedBlock) for module in model.modules())
     with torch.no_grad():
         for block in cast(nn.ModuleList, model.blocks):
@@ -90,9 +90,9 @@ def test_it_is_a_copy_that_leaves_the_model_alone(new_backbone: NewBackbone) -> 
 
 def test_a_model_that_is_no_wan_stays_as_it_is(new_backbone: NewBackbone) -> None:
     model = new_backbone(kind="hunyuan").model
-    assert fuse(model, compiled=True) is model
+    assert fuse(model) is model
     with pytest.raises(ConfigError, match="eight bits: Hunyuan, expected a Wan"):
-        fuse(model, compiled=False, eight_bit=True)
+        fuse(model, eight_bit=True)
 
 
 @torch.no_grad()
@@ -102,18 +102,6 @@ def test_products_of_eight_bits_are_a_few_percent_off(new_backbone: NewBackbone)
     latents, timesteps = torch.randn(1, 4, *SHAPE), 1000 * torch.rand(1, 4)
     exact, rounded = (
         model(latents, timesteps, _prompt(backbone, model), Full(4), _cameras(4, 2))
-        for model in (backbone.model, fuse(backbone.model, compiled=False, eight_bit=True))
+        for model in (backbone.model, fuse(backbone.model, eight_bit=True))
     )
     assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
-
-
-@pytest.mark.slow
-def test_compiled_it_is_the_same_but_for_rounding(new_backbone: NewBackbone) -> None:
-    backbone = new_backbone()
-    model, fused = backbone.model.bfloat16(), fuse(backbone.model.bfloat16(), compiled=True)
-    with torch.inference_mode():
-        latents, timesteps = torch.randn(1, 4, *SHAPE).bfloat16(), 1000 * torch.rand(1, 4)
-        expected = model(latents, timesteps, _prompt(backbone, model), Full(4), _cameras(4, 2))
-        got = fused(latents, timesteps, _prompt(backbone, fused), Full(4), _cameras(4, 2))
-        exact = model.float()(latents.float(), timesteps, _prompt(backbone, model), Full(4), _cameras(4, 2))
-    assert (got - exact).norm() <= 1.2 * (expected - exact).norm() + 1e-3 * exact.norm()

@@ -57,9 +57,11 @@ def evaluate_world(
     from minwm.evaluation.evaluate import FULL, EvaluationConfig, evaluate, write_json
     from minwm.evaluation.heldout import HeldoutConfig, open_world, record_heldout
     from minwm.evaluation.page import write_page
+    from minwm.memory import keep_freed_memory
     from minwm.models.backbones import load_backbone
     from minwm.precision import native_dtype
 
+    keep_freed_memory()
     asked = {
         "clips": clips,
         "seconds": seconds,

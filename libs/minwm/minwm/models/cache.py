@@ -17,6 +17,11 @@ from minwm.models.context import Beside, History, attention
 from minwm.models.prope import invert, transform
 from minwm.models.rope import rotate
 
+Held = tuple[Tensor, ...]
+"""What a cache keeps keys and values of one layer in: tensors (2, b, h, tokens, …)."""
+Place = slice | Tensor
+"""Tokens of a cache, by range or by index."""
+
 _STEPS = 127  # of eight bits, on each side of zero
 
 
@@ -56,12 +61,15 @@ class CacheGeometry:
 class KVCache:
     """Keys and values of `batch` streams that advance together."""
 
+    _names: tuple[str, ...] = ("store",)  # of what is held
+
     def __init__(
         self, geometry: CacheGeometry, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.geometry = geometry
         g = geometry
-        self._store = torch.zeros((g.layers, 2, batch, g.heads, g.tokens, g.head_dim), dtype=dtype, device=device)
+        shape = 2, batch, g.heads, g.tokens, g.head_dim
+        self._held = [self._new(shape, dtype, device) for _ in range(g.layers)]
         raw = g.history.sink * g.tokens_per_frame
         self._raw = torch.zeros(
             (g.layers, 2, batch, raw, g.heads // g.branches, g.head_dim), dtype=dtype, device=device
@@ -92,12 +100,12 @@ class KVCache:
             )
         if window is not None and not frames <= window <= most:
             raise InputError(f"window={window}: expected from the {frames} frames of a pass to the cache's {most}")
-        return Cached(self, start, frames, most if window is None else window, self._store)
+        return Cached(self, start, frames, most if window is None else window, self._held)
 
     def following(self, context: "Cached", frames: int, window: int | None = None) -> "Cached":
         """The context of a pass over the frames after those of another one that is made first."""
         whole = self.geometry.history.window
-        return Cached(self, context.start + context.frames, frames, whole if window is None else window, self._store)
+        return Cached(self, context.start + context.frames, frames, whole if window is None else window, self._held)
 
     def keep(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Keep the sink's part of raw keys and values (b, frames · n, h, d) of a pass that starts at `start`."""
@@ -141,24 +149,65 @@ class KVCache:
             moved = [transform(part.transpose(1, 2), inverse).transpose(1, 2) for part in by_camera]
             self._put(layer, frames, torch.cat([by_position, torch.stack(moved).to(by_position.dtype)], dim=2))
 
+    def held(self) -> tuple[Held, ...]:
+        """Of every layer, what `put` and `get` work on: for passes that write by themselves, and then say `written`."""
+        self._own()
+        return tuple(self._held)
+
+    def places(self, start: int, frames: int, window: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Where a pass writes its tokens, and where all that it sees then lies; None: wherever there is anything.
+
+        For passes that `fill` the cache, with nothing beside the frames.
+        """
+        written = [slice(slot, slot + count) for _, count, slot in self._runs(range(start, start + frames))]
+        seen = self._places(start + frames, 0, window)
+        whole = seen == [slice(0, self.geometry.tokens)]
+        n, device = self.geometry.tokens_per_frame, self._raw.device
+        write = _indices([slice(place.start * n, place.stop * n) for place in written], device)
+        return write, None if whole else _indices(seen, device)
+
+    def fills(self, end: int) -> bool:
+        """Whether a pass that ends before frame `end` leaves no room in it."""
+        return end >= self.geometry.frames
+
+    def written(self, end: int) -> None:
+        """Frames before `end` were written."""
+        self._end = max(self._end, end)
+
+    @staticmethod
+    def put(held: Held, place: Place, kv: Tensor) -> None:
+        """Write keys and values (2, b, h, n, d) of one layer."""
+        held[0][..., place, :] = kv
+
+    @staticmethod
+    def get(held: Held, place: Place) -> Tensor:
+        """Keys and values (2, b, h, n, d) of one layer."""
+        return held[0][..., place, :]
+
     def state(self) -> dict[str, Tensor]:
         """All that it holds of the frames, to be copied before the next pass; a prompt's keys are not among it."""
-        return {**self._tensors(), "end": torch.tensor(self._end)}
+        held = zip(self._names, zip(*self._held, strict=True), strict=True)
+        stacked = {name: torch.stack(layers) for name, layers in held}
+        return {**stacked, "raw": self._raw, "end": torch.tensor(self._end)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`. Raises InputError for that of another geometry, batch or dtype."""
-        own = self._tensors()
-        if missing := own.keys() - state.keys():
-            raise InputError(f"cache: {', '.join(sorted(missing))} is missing, expected {', '.join(sorted(own))}")
-        for name, tensor in own.items():
-            if tensor.shape != state[name].shape or tensor.dtype != state[name].dtype:
+        own = {name: [held[number] for held in self._held] for number, name in enumerate(self._names)}
+        shapes = {name: (len(layers), *layers[0].shape) for name, layers in own.items()} | {"raw": (*self._raw.shape,)}
+        types = {name: layers[0].dtype for name, layers in own.items()} | {"raw": self._raw.dtype}
+        if missing := shapes.keys() - state.keys():
+            raise InputError(f"cache: {', '.join(sorted(missing))} is missing, expected {', '.join(sorted(shapes))}")
+        for name, shape in shapes.items():
+            if state[name].shape != shape or state[name].dtype != types[name]:
                 raise InputError(
                     f"cache {name}: is {state[name].dtype} of shape {tuple(state[name].shape)}, "
-                    f"expected {tensor.dtype} of {tuple(tensor.shape)}"
+                    f"expected {types[name]} of {shape}"
                 )
         self.reset()
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+        for name, layers in own.items():
+            for layer, kept in zip(layers, state[name], strict=True):
+                layer.copy_(kept)
+        self._raw.copy_(state["raw"])
         self._end = int(state["end"])
 
     def update(
@@ -171,7 +220,7 @@ class KVCache:
         *,
         window: int | None = None,
         gradient: bool = False,
-        past: Tensor | None = None,
+        past: Sequence[Held] | None = None,
     ) -> Tensor:
         """Write keys and values (2, b, h, n, d) of frames [start, start + frames); all that they may see.
 
@@ -182,7 +231,7 @@ class KVCache:
         for keys of another shape than the cache's.
         """
         n, room = self.geometry.tokens_per_frame, self.geometry.beside
-        expected = (*self._store.shape[1:4], frames * n, self._store.shape[-1])
+        expected = (*self._held[0][0].shape[:3], frames * n, self.geometry.head_dim)
         if kv.shape != expected:
             raise InputError(f"keys and values have shape {tuple(kv.shape)}, expected {expected} as the cache")
         beside_grad = beside is not None and beside.keys.requires_grad
@@ -218,26 +267,26 @@ class KVCache:
         frames = [slice(room + slot * n, room + (slot + count) * n) for _, count, slot in runs]
         return [slice(room - length, room + sink * n), *frames]
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {"store": self._store, "raw": self._raw}
+    @staticmethod
+    def _new(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Held:
+        return (torch.zeros(tuple(shape), dtype=dtype, device=device),)
 
     def _put(self, layer: int, place: slice, kv: Tensor) -> None:
-        """Write keys and values (2, b, h, n, d) of one layer."""
-        self._store[layer][..., place, :] = kv
+        self.put(self._held[layer], place, kv)
 
     def _get(self, layer: int, place: slice) -> Tensor:
-        """Keys and values (2, b, h, n, d) of one layer."""
-        return self._store[layer][..., place, :]
+        return self.get(self._held[layer], place)
 
-    def _copied(self, layer: int, past: Tensor | None) -> Tensor:
+    def _copied(self, layer: int, past: Sequence[Held] | None) -> Tensor:
         """A layer's entries for a pass with gradient to write into; those that are stored must stay as they are."""
         self._lent = True
-        return (self._store if past is None else past)[layer].clone()
+        return (self._held if past is None else past)[layer][0].clone()
 
     def _own(self) -> None:
         """Before stored entries are changed: passes that are to be made again keep the old ones."""
         if self._lent:
-            self._store, self._lent = self._store.clone(), False
+            self._held = [tuple(tensor.clone() for tensor in held) for held in self._held]
+            self._lent = False
 
     def _laid_out(self, beside: Beside) -> Tensor:
         """(2, b, h, l, d)."""
@@ -271,27 +320,36 @@ class EightBitCache(KVCache):
     gradient alone.
     """
 
+    _names = ("store", "scale")
+
     def __init__(
         self, geometry: CacheGeometry, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         """dtype: of the sink's raw keys and values."""
-        super().__init__(geometry, batch, torch.int8, device)
-        self._raw = self._raw.to(dtype)
-        self._scale = torch.ones((*self._store.shape[:-1], 1), device=device)
+        super().__init__(geometry, batch, dtype, device)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**super()._tensors(), "scale": self._scale}
+    @staticmethod
+    def _new(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Held:
+        scale = torch.ones((*shape[:-1], 1), device=device)
+        return torch.zeros(tuple(shape), dtype=torch.int8, device=device), scale
 
-    def _put(self, layer: int, place: slice, kv: Tensor) -> None:
+    @staticmethod
+    def put(held: Held, place: Place, kv: Tensor) -> None:
         scale = kv.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / _STEPS
-        self._store[layer][..., place, :] = (kv.float() / scale).round().to(torch.int8)
-        self._scale[layer][..., place, :] = scale
+        held[0][..., place, :] = (kv.float() / scale).round().to(torch.int8)
+        held[1][..., place, :] = scale
 
-    def _get(self, layer: int, place: slice) -> Tensor:
-        return self._store[layer][..., place, :] * self._scale[layer][..., place, :]
+    @staticmethod
+    def get(held: Held, place: Place) -> Tensor:
+        return held[0][..., place, :] * held[1][..., place, :]
 
-    def _copied(self, layer: int, past: Tensor | None) -> Tensor:
+    def _copied(self, layer: int, past: Sequence[Held] | None) -> Tensor:
         raise InputError("cache: has eight bits, expected no gradient to flow past it")
+
+
+def _indices(places: Sequence[slice], device: torch.device) -> Tensor:
+    """Of all the tokens at these places."""
+    return torch.cat([torch.arange(place.start, place.stop) for place in places]).to(device)
 
 
 def _joined(pieces: Sequence[Tensor]) -> Tensor:
@@ -303,14 +361,14 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
 class Cached:
     """A pass over frames [start, start + frames) that sees the cache's past, as far as `window` reaches, and itself.
 
-    past: what the cache stored when the pass was made, for when it is made again to compute its gradient
+    past: what the cache held when the pass was made, for when it is made again to compute its gradient
     """
 
     cache: KVCache
     start: int
     frames: int
     window: int | None = None
-    past: Tensor | None = None
+    past: Sequence[Held] | None = None
     bidirectional = False
 
     @property

@@ -1,13 +1,12 @@
-"""A Wan transformer for inference: the same function in fewer, larger and, if asked, compiled operations.
+"""A Wan transformer for inference: the same function in fewer and larger operations, in every context.
 
-Queries, keys and values are one matrix product, and so are the outputs of the branches by position and by camera. What
-a block does before and after its attention are two functions of tensors alone, which can be compiled; attention stays
-with the context, so that every context serves. Weights are copied: a model that is trained further is fused again.
+Queries, keys and values are one matrix product, and so are the outputs of the branches by position and by camera.
+Weights are copied: a model that is trained further is fused again.
 """
 
 import copy
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +17,12 @@ from minwm.models.eight_bit import EightBitLinear
 from minwm.models.transformer import Transformer
 from minwm.models.wan import Block, Step, Wan
 
-_P = ParamSpec("_P")
-T = TypeVar("T")
-_Triple = tuple[Tensor, Tensor, Tensor]
 
-
-def fuse(model: Transformer, *, compiled: bool, eight_bit: bool = False) -> Transformer:
+def fuse(model: Transformer, *, eight_bit: bool = False) -> Transformer:
     """The model with fused blocks, for passes without gradient, if it is a Wan.
 
     Another is returned as it is; raises ConfigError for its products in eight bits.
 
-    compiled:  the first passes of each shape then take seconds to a minute, and need a C++ compiler on CPUs
     eight_bit: products of self-attention and feed-forward are FP8 (minwm.models.eight_bit)
     """
     if not isinstance(model, Wan):
@@ -37,14 +31,14 @@ def fuse(model: Transformer, *, compiled: bool, eight_bit: bool = False) -> Tran
         return model
     fused = copy.copy(model)
     fused._modules = dict(model._modules)
-    fused.blocks = nn.ModuleList(FusedBlock(cast(Block, block), compiled, eight_bit) for block in model.blocks)
+    fused.blocks = nn.ModuleList(FusedBlock(cast(Block, block), eight_bit) for block in model.blocks)
     return fused
 
 
 class FusedBlock(nn.Module):
     """One block; takes and gives what `Block` does."""
 
-    def __init__(self, block: Block, compiled: bool, eight_bit: bool) -> None:
+    def __init__(self, block: Block, eight_bit: bool) -> None:
         super().__init__()
         own = block.self_attn
         outs = [own.o, own.prope_o] if hasattr(own, "prope_o") else [own.o]
@@ -56,38 +50,24 @@ class FusedBlock(nn.Module):
         self.norm_q, self.norm_k = own.norm_q, own.norm_k
         self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
         self.cross_attn = block.cross_attn
-        self._before: Callable[..., tuple[tuple[Tensor, Tensor], _Triple]] = self.before
-        self._after: Callable[..., Tensor] = self.after
-        if compiled:
-            self._before, self._after = _compile(self.before), _compile(self.after)
 
     def forward(self, x: Tensor, e0: Tensor, prompt: tuple[Tensor, Tensor], layer: int, step: Step) -> Tensor:
         """x (b, f, n, dim), e0 (b, f, 6, dim) to (b, f, n, dim)."""
-        (k, v), placed = self._before(x, e0, step.rotation, step.camera)
-        step.context.keep(layer, k, v)
-        return self._after(x, e0, step.context.attend(layer, *placed), step.camera, *prompt)
-
-    def before(
-        self, x: Tensor, e0: Tensor, rotation: Tensor, camera: prope.Projection | None
-    ) -> tuple[tuple[Tensor, Tensor], _Triple]:
-        """Keys and values (b, f · n, h, d) as they are, and queries, keys and values as they attend."""
-        shift, scale, *_ = (self.modulation + e0).unsqueeze(3).unbind(2)
-        y = torch.addcmul(shift, self.norm1(x), 1 + scale).flatten(1, 2)
-        q, k, v = self.qkv(y).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (self.norm_q(q), self.norm_k(k), v))
-        return (k, v), prope.place((q, k, v), rotation, camera)
-
-    def after(
-        self, x: Tensor, e0: Tensor, read: Tensor, camera: prope.Projection | None, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """The block's output (b, f, n, dim) from what was read (b, f · n, h · branches, d)."""
-        _, _, gate1, shift2, scale2, gate2 = (self.modulation + e0).unsqueeze(3).unbind(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).unsqueeze(3).unbind(2)
         grid = x.shape[1:3]
-        branches = [branch.flatten(2) for branch in prope.leave(read, camera) if branch is not None]
-        x = torch.addcmul(x, gate1, self.o(torch.cat(branches, dim=-1)).unflatten(1, grid))
-        x = x + self.cross_attn(self.norm3(x).flatten(1, 2), (keys, values)).unflatten(1, grid)
+        y = torch.addcmul(shift1, self.norm1(x), 1 + scale1).flatten(1, 2)
+        x = torch.addcmul(x, gate1, self._attend(y, layer, step).unflatten(1, grid))
+        x = x + self.cross_attn(self.norm3(x).flatten(1, 2), prompt).unflatten(1, grid)
         y = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
         return torch.addcmul(x, gate2, self.down(_gelu(self.up(y))))
+
+    def _attend(self, x: Tensor, layer: int, step: Step) -> Tensor:
+        """x (b, f · n, dim) to (b, f · n, dim)."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        qkv = self.norm_q(q), self.norm_k(k), v
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv)
+        branches = prope.attend(step.context, layer, (q, k, v), step.rotation, step.camera)
+        return self.o(torch.cat([branch.flatten(2) for branch in branches if branch is not None], dim=-1))  # type: ignore[no-any-return]
 
 
 def _beside_each_other(layers: list[nn.Linear]) -> nn.Linear:
@@ -112,8 +92,3 @@ def _gelu(x: Tensor) -> Tensor:
     y = x.float()
     twice = y * (1.5957691216057308 + 0.07135481627159497 * y * y)  # 2·sqrt(2/π), and that times 0.044715
     return (y * torch.sigmoid(twice)).to(x.dtype)
-
-
-def _compile(half: Callable[_P, T]) -> Callable[_P, T]:
-    """Compiled for each shape by itself, the weights laid out once as matrix units want them."""
-    return torch.compile(half, dynamic=False, fullgraph=True, options={"freezing": True})

@@ -250,13 +250,26 @@ class Wan(Transformer):
             rotation=self.rotation(context.streams, rows, columns, latents.device),
             camera=frames.cameras(conditions).projection if by_camera else None,
         )
+        return self.velocity(latents, timesteps, prompt, step, conditions, frames)
+
+    def velocity(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        prompt: WanPrompt,
+        step: Step,
+        conditions: Conditions,
+        frames: Frames,
+    ) -> Tensor:
+        """`forward` of what is checked, with places and cameras as tensors."""
+        config = self.config
         steering = self.conditions.steer(conditions, frames)
         x = steering.onto_tokens(self._embed_patches(latents))
         e = steering.onto_time(self.time_embedding(sinusoid(timesteps, config.frequencies).to(self._dtype)))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
         for layer, (block, text) in enumerate(zip(self.blocks, prompt.layers, strict=True)):
             x = steering.after_block(layer, self.run(block, x, e0, text, layer, step))
-        return unpatchify(self.head(x, e), config.patch, rows, columns)
+        return unpatchify(self.head(x, e), config.patch, frames.rows, frames.columns)
 
     def rotation(self, streams: Sequence[Sequence[int]], rows: int, columns: int, device: torch.device) -> Tensor:
         """See Transformer."""

@@ -5,6 +5,7 @@ from minwm.streaming.engine import StreamingEngine
 from minwm.streaming.scheduler import DeadlineScheduler, Ready
 from minwm.streaming.session import Session, Turn
 from minwm.streaming.stream import Chunk, Fidelity, StreamSpec
+from minwm.streaming.warm_up import warm_up
 
 __all__ = [
     "Chunk",
@@ -17,4 +18,5 @@ __all__ = [
     "Turn",
     "World",
     "load_world",
+    "warm_up",
 ]

@@ -7,7 +7,6 @@ engine blocks while it computes and is called from one thread at a time; queues,
 """
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,18 +18,20 @@ from torch import Tensor
 
 from minwm.diffusion import samplers
 from minwm.diffusion.flow import TIMESTEPS
-from minwm.errors import InputError, SessionError
+from minwm.errors import SessionError
 from minwm.geometry.live import CameraVelocity, advance
 from minwm.models.autoencoder import PIXELS_PER_LATENT
+from minwm.models.cache import Cached
 from minwm.models.combined import join_conditions, join_prompts, together
 from minwm.models.conditions import Conditions, first_image
-from minwm.models.context import Context
 from minwm.models.fused import fuse
 from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.rollout import ChunkRollout
+from minwm.models.steady import SteadyPasses
 from minwm.models.transformer import Prompt
 from minwm.models.worlds import World
 from minwm.randomness import generator
+from minwm.streaming.prompts import SharedPrompts
 from minwm.streaming.session import Clean, Session, Turn, conditions_of, join_states, start_picture
 from minwm.streaming.stream import Chunk, Fidelity, StreamSpec
 
@@ -71,17 +72,22 @@ class StreamingEngine:
         eight_bit_cache: bool = False,
         eight_bit_products: bool = False,
         compiled: bool = False,
+        graphs: bool = False,
     ) -> None:
         """steps: denoising steps a chunk; the world's own default if not given.
 
-        compiled: blocks are compiled at the first passes of each shape; see minwm.models.fused
+        compiled: passes at full windows are, at the first one of each number of sessions (minwm.models.steady)
         eight_bit_cache: sessions of half the size, a little off (minwm.models.cache.EightBitCache)
         eight_bit_products: FP8, for Hopper GPUs, a little off (minwm.models.eight_bit); slow elsewhere
         fuse_context: a chunk whose context is not settled is written in one pass with the next one's first step: fewer
             passes in all, but on the path from action to frame. Not for models with a sink
+        graphs: passes at full windows are captured as CUDA graphs, at the first one of each set of sessions
+
+        Raises ConfigError for what the model or its device cannot do.
         """
         self.world = world
-        self._model = fuse(world.backbone.model, compiled=compiled, eight_bit=eight_bit_products)
+        self._model = fuse(world.backbone.model, eight_bit=eight_bit_products)
+        self._steady = SteadyPasses(self._model, compiled=compiled, graphs=graphs) if compiled or graphs else None
         self._steps = steps or world.card.steps
         config = world.backbone.config
         config.sampling_levels(self._steps)
@@ -94,8 +100,7 @@ class StreamingEngine:
         self._free = [self._new_rollout() for _ in range(slots)]
         self._slots = slots
         self._cache_bytes = self._new_rollout().cache.geometry.bytes(self._dtype, eight_bit=eight_bit_cache)
-        self._prompts: dict[str, Prompt] = {}
-        self._captions: Counter[str] = Counter()
+        self._prompts = SharedPrompts(world.backbone, self._model)
         card = world.card
         self.spec = StreamSpec(
             model=card.name,
@@ -181,9 +186,9 @@ class StreamingEngine:
         Raises SessionError for a closed session or a prompt that is too long.
         """
         self._require_open(session)
-        text = self._borrow_prompt(prompt)
+        text = self._prompts.borrow(prompt)
         self.settle([session])
-        self._return_prompt(session.caption)
+        self._prompts.give_back(session.caption)
         session.caption, session.prompt = prompt, text
         kept = [*session.begun, *(chunk for chunk in session.kept if chunk.start >= self._history.sink)]
         if kept:
@@ -194,7 +199,7 @@ class StreamingEngine:
         """Free the session's slot. Closing twice is allowed."""
         if not session.closed:
             session.closed = True
-            self._return_prompt(session.caption)
+            self._prompts.give_back(session.caption)
             session.rollout.reset()
             self._free.append(session.rollout)
 
@@ -202,7 +207,7 @@ class StreamingEngine:
         """A session in a slot of its own, of which nothing is made yet. Raises SessionError as `open` does."""
         if not self._free:
             raise SessionError(f"no slot is free: all {self._slots} are in use")
-        text = self._borrow_prompt(prompt)
+        text = self._prompts.borrow(prompt)
         return Session(self._free.pop(), prompt, text, seed, self._history.window)
 
     def _make(self, group: Sequence[_Ready]) -> list[Chunk | SessionError]:
@@ -255,7 +260,7 @@ class StreamingEngine:
                 return first
             rollouts = zip(sessions, group, windows, strict=True)
             contexts = [s.rollout.context(ready.conditions, window) for s, ready, window in rollouts]
-            return self._velocity(x, level, prompt, together(contexts), conditions)
+            return self._velocity(x, level, prompt, contexts, conditions)
 
         def noise(step: int) -> Tensor:
             return torch.cat([self._noise(s.seed, s.frames, self._chunk, step) for s in sessions])
@@ -295,7 +300,7 @@ class StreamingEngine:
         contexts = [session.rollout.context(steering, chunk.window) for session, steering, chunk in each]
         prompt = join_prompts([session.prompt for session in sessions])
         latents = torch.cat([chunk.latents for chunk in chunks])
-        self._velocity(latents, 0.0, prompt, together(contexts), join_conditions(conditions))
+        self._velocity(latents, 0.0, prompt, contexts, join_conditions(conditions))
         for session, steering in zip(sessions, conditions, strict=True):
             self._committed(session, steering)
 
@@ -306,9 +311,13 @@ class StreamingEngine:
         session.remember(session.pending, self._history.sink)
         session.pending = None
 
-    def _velocity(self, x: Tensor, level: float, prompt: Prompt, context: Context, conditions: Conditions) -> Tensor:
+    def _velocity(
+        self, x: Tensor, level: float, prompt: Prompt, contexts: Sequence[Cached], conditions: Conditions
+    ) -> Tensor:
         timesteps = torch.full(x.shape[:2], level * TIMESTEPS, dtype=torch.float32, device=x.device)
-        return self._model(x, timesteps, prompt, context, conditions)  # type: ignore[no-any-return]
+        if self._steady is not None and self._steady.take(contexts):
+            return self._steady(x, timesteps, prompt, contexts, conditions)
+        return self._model(x, timesteps, prompt, together(contexts), conditions)  # type: ignore[no-any-return]
 
     def _prepare(self, turn: Turn) -> _Ready:
         """Check a turn, and move the camera over its chunk. Raises SessionError; the session is as it was."""
@@ -351,22 +360,6 @@ class StreamingEngine:
     def _require_open(self, session: Session) -> None:
         if session.closed:
             raise SessionError("the session is closed")
-
-    def _borrow_prompt(self, caption: str) -> Prompt:
-        """A prompt's keys and values, one and the same for all sessions that have it."""
-        if caption not in self._prompts:
-            try:
-                text = self.world.backbone.encode([caption])
-            except InputError as error:
-                raise SessionError(str(error)) from error
-            self._prompts[caption] = self._model.prompt(text)
-        self._captions[caption] += 1
-        return self._prompts[caption]
-
-    def _return_prompt(self, caption: str) -> None:
-        self._captions[caption] -= 1
-        if not self._captions[caption]:
-            del self._captions[caption], self._prompts[caption]
 
     def _latent_shape(self) -> tuple[int, int, int]:
         card = self.world.card
