@@ -11,6 +11,7 @@ from minwm.data.doom import DoomConfig, record
 from minwm.evaluation.control import control_margin
 from minwm.models.backbones import load_backbone
 from minwm.models.checkpoints import load_autoencoder
+from minwm.precision import native_dtype
 from minwm.training.engine import OptimizerConfig
 from minwm.training.loop import RunConfig
 from minwm.training.recipe import Recipe, run_recipe
@@ -30,7 +31,7 @@ def test_the_fine_tuned_model_predicts_heldout_play_better_with_its_own_camera_p
     tmp_path: Path, two_threads: None
 ) -> None:
     data = tmp_path / "clips"
-    autoencoder = load_autoencoder(MODELS / "autoencoder", torch.bfloat16)
+    autoencoder = load_autoencoder(MODELS / "autoencoder", native_dtype())
     build_clips(record(GAME), autoencoder, data, ClipsConfig(clip_frames=16, heldout_every=2))
     recipe = Recipe(
         stage="autoregressive",

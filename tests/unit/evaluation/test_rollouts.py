@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minwm.errors import ConfigError
-from minwm.evaluation.rollouts import compare, few_steps, many_steps, roll_out
+from minwm.evaluation.rollouts import Sampling, compare, few_steps, many_steps, roll_out
 from minwm.evaluation.walks import along_clip
 from minwm.geometry.camera import relative_viewmats
 from minwm.models.conditions import Conditions
@@ -52,26 +52,39 @@ def test_a_rollout_in_an_offered_number_of_steps(world: World, make_clip: MakeCl
         few_steps(world, 3)
 
 
-def test_a_teacher_follows_the_ode_and_needs_no_fresh_noise(world: World, make_clip: MakeClip) -> None:
+@pytest.mark.parametrize("guidance", [1.0, 20.0])
+def test_a_teacher_follows_the_ode_with_guidance_if_asked_and_needs_no_fresh_noise(
+    world: World, make_clip: MakeClip, guidance: float
+) -> None:
+    """By brute force: passes over all frames under the mask, with the prompt and without."""
     walk, config = along_clip(world, make_clip(0), 1), world.backbone.config
-    sampling = many_steps(config, 3)
+    sampling = many_steps(config, 3, guidance)
     assert sampling.levels == pytest.approx([1.0, 6 / 7, 0.6])  # of 1, 2/3, 1/3 with the config's shift, 3
     frames = roll_out(world, walk, seed=1, sampling=sampling)
     model, given = world.backbone.model, torch.from_numpy(walk.given)[None].float()
     viewmats = torch.from_numpy(relative_viewmats(walk.poses))[None]
     cameras = Cameras.track(viewmats, torch.from_numpy(walk.intrinsics)[None])
     x = torch.randn(given.shape, generator=generator(1, walk.name, 2, -1))
-    prompt = model.prompt(world.backbone.encode([walk.caption]))
+    context = Masked(range(4), teacher_forcing(4, config.history).mask[:4, :4])
     for level, following in ((1.0, 6 / 7), (6 / 7, 0.6), (0.6, 0.0)):
-        sigma = torch.tensor([[0.0, 0.0, level, level]])
-        context = Masked(range(4), teacher_forcing(4, config.history).mask[:4, :4])
+        timesteps = 1000 * torch.tensor([[0.0, 0.0, level, level]])
         with torch.inference_mode():
-            both = torch.cat([given, x], dim=1)
-            predicted = model(both, 1000 * sigma, prompt, context, Conditions(cameras=cameras))
-        x = x + (following - level) * predicted[:, 2:]
+            prompts = [model.prompt(world.backbone.encode([text])) for text in (walk.caption, "")]
+            both, given_cameras = torch.cat([given, x], dim=1), Conditions(cameras=cameras)
+            prompted, bare = (model(both, timesteps, prompt, context, given_cameras) for prompt in prompts)
+        velocity = bare + guidance * (prompted - bare)
+        x = x + (following - level) * velocity[:, 2:]
     expected, _ = world.autoencoder.decode(torch.cat([given, x], dim=1))
     expected = (expected[0, 8:].clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
     assert np.abs(frames.astype(float) - expected).max() <= 1
+    if guidance != 1:
+        plain = roll_out(world, walk, seed=1, sampling=many_steps(config, 3))
+        assert np.abs(frames.astype(float) - plain).max() > 1, "guidance makes no difference here"
+
+
+def test_few_steps_take_no_guidance() -> None:
+    with pytest.raises(ConfigError, match=r"guidance=2\.0: expected 1 where few steps"):
+        Sampling((1.0, 0.5), guidance=2.0)
 
 
 def test_a_comparison_has_the_true_frames_and_both_baselines(world: World, make_clip: MakeClip) -> None:

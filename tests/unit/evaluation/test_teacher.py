@@ -22,10 +22,10 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     blind = Measures(psnr=random.normal(size=6), ssim=random.normal(size=6))
     save_teacher(
         tmp_path / "teacher.npz",
-        TeacherRecord(steps=48, about={"size": [32, 48]}, measures={"map-000": full, "map-001": blind}),
+        TeacherRecord(steps=48, guidance=2.5, about={"size": [32, 48]}, measures={"map-000": full, "map-001": blind}),
     )
     found = load_teacher(tmp_path / "teacher.npz")
-    assert (found.steps, found.about) == (48, {"size": [32, 48]})
+    assert (found.steps, found.guidance, found.about) == (48, 2.5, {"size": [32, 48]})
     assert list(found.measures) == ["map-000", "map-001"]
     for name in ("psnr", "ssim", "perceptual", "features", "motions"):
         assert getattr(found.measures["map-000"], name) == pytest.approx(getattr(full, name), rel=1e-6), name

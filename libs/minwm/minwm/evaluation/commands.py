@@ -48,6 +48,7 @@ def evaluate_world(
     ] = None,
     teacher_clips: Annotated[int | None, typer.Option(help="Clips that the teacher rolls out, at most.")] = None,
     teacher_steps: Annotated[int | None, typer.Option(help="Steps that the teacher takes.")] = None,
+    teacher_guidance: Annotated[float | None, typer.Option(help="Of the teacher by its prompt; 1 is none.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 0,
     record: Annotated[bool, typer.Option("--record", help="Play VizDoom, once, into a folder under DATA.")] = False,
     scene: Annotated[list[str] | None, typer.Option(help="With --record: wad:map; repeatable.")] = None,
@@ -69,6 +70,7 @@ def evaluate_world(
         "long_seconds": long_seconds,
         "teacher_clips": teacher_clips,
         "teacher_steps": teacher_steps,
+        "teacher_guidance": teacher_guidance,
         "seed": seed,
     }
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}

@@ -56,7 +56,7 @@ class EvaluationConfig:
     long_seconds:  of these walks
     speed:         how speed is measured; None does not
     teacher_clips: the first clips that a teacher rolls out, at most
-    teacher_steps: that it takes
+    teacher_steps, teacher_guidance: that it takes, and by its prompt; guidance 1 is none
     """
 
     clips: int = 8
@@ -67,6 +67,7 @@ class EvaluationConfig:
     speed: SpeedConfig | None = None
     teacher_clips: int = 12
     teacher_steps: int = 48
+    teacher_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.clips < 2:
@@ -286,14 +287,19 @@ def _teach(
     world: World, clips: Sequence[Clip], chunks: int, config: EvaluationConfig, critics: Critics, report: Report
 ) -> TeacherRecord:
     """Roll out clips with a world whose backbone is the teacher, for as long as a Fréchet distance needs."""
-    sampling = many_steps(world.backbone.config, config.teacher_steps)
+    sampling = many_steps(world.backbone.config, config.teacher_steps, config.teacher_guidance)
     given, found = world.backbone.config.history.chunk * FRAMES_PER_LATENT, {}
     for done, clip in enumerate(clips, start=1):
         frames = roll_out(world, along_clip(world, clip, chunks), seed=config.seed, sampling=sampling)
         video = clip.video()[: given + len(frames)]
         found[clip.name] = measure(frames, video[given:], video[:given], critics, world.card.fps)
         report(done)
-    return TeacherRecord(steps=config.teacher_steps, about=_holds_for(world, chunks, critics), measures=found)
+    return TeacherRecord(
+        steps=config.teacher_steps,
+        guidance=config.teacher_guidance,
+        about=_holds_for(world, chunks, critics),
+        measures=found,
+    )
 
 
 def _holds_for(world: World, chunks: int, critics: Critics) -> dict[str, Any]:
@@ -316,6 +322,7 @@ def _beside_teacher(clips: Sequence[Clip], rolled: _Rolled, record: TeacherRecor
     return {
         "clips": len(places),
         "steps": record.steps,
+        "guidance": record.guidance,
         **curve_tables(sources, fps),
         "frechet": distances,
         "fewstep_over_teacher": distances["generated"] / distances["teacher"] if distances else None,

@@ -5,7 +5,7 @@ Repeating the last given frame is what a model that knows nothing reaches; the a
 what the best one could reach.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,25 +16,36 @@ from torch import Tensor
 
 from minwm.data.clips import Clip
 from minwm.diffusion.flow import schedule
+from minwm.errors import ConfigError
 from minwm.evaluation.walks import Walk, along_clip, require_fit
 from minwm.geometry.camera import relative_viewmats
 from minwm.models.autoencoder import State
+from minwm.models.backbones import Backbone
 from minwm.models.conditions import Conditions, first_image
 from minwm.models.layers import dtype_of
 from minwm.models.layout import FRAMES_PER_LATENT
 from minwm.models.presets import WorldConfig
 from minwm.models.prope import Cameras
 from minwm.models.rollout import ChunkRollout
+from minwm.models.sampling import Guidance, TeacherRollout
 from minwm.models.worlds import World
 from minwm.randomness import generator
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a chunk is made: at which noise levels, and whether they follow the ODE, as in a many-step teacher."""
+    """How a chunk is made: at which noise levels, and whether they follow the ODE, as in a many-step teacher.
+
+    guidance: by the prompt, of what follows the ODE; 1 is none
+    """
 
     levels: tuple[float, ...]
     ode: bool = False
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.guidance != 1 and not self.ode:
+            raise ConfigError(f"guidance={self.guidance}: expected 1 where few steps do not follow the ODE")
 
 
 def few_steps(world: World, steps: int | None = None) -> Sampling:
@@ -42,9 +53,9 @@ def few_steps(world: World, steps: int | None = None) -> Sampling:
     return Sampling(world.backbone.config.sampling_levels(steps or world.card.steps))
 
 
-def many_steps(config: WorldConfig, steps: int) -> Sampling:
+def many_steps(config: WorldConfig, steps: int, guidance: float = 1.0) -> Sampling:
     """As a model that is not distilled samples: Euler steps down the schedule it was trained with."""
-    return Sampling(tuple(schedule(steps, config.shift)), ode=True)
+    return Sampling(tuple(schedule(steps, config.shift)), ode=True, guidance=guidance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +92,6 @@ def stream(world: World, walk: Walk, *, seed: int, sampling: Sampling | None = N
 
     The noise depends on the seed, the walk's name, the frame and the step. `sampling` is the world's own unless given.
     """
-    model, config = world.backbone.model, world.backbone.config
     sampling = sampling or few_steps(world)
     given = _latents(world, walk.given)
     chunk, frames = given.shape[1], len(walk.poses)
@@ -92,20 +102,59 @@ def stream(world: World, walk: Walk, *, seed: int, sampling: Sampling | None = N
         actions=torch.from_numpy(walk.actions)[None],
         image=first_image(given[:, 0]),
     ).to(given.device)
-    prompt = model.prompt(world.backbone.encode([walk.caption]))
-    rollout = ChunkRollout(model, config.history, given.shape[2:])
-    rollout.commit(given, prompt, conditions.frames(0, chunk))
+    rollout = (_Teacher if sampling.ode else _Student)(world.backbone, walk.caption, given.shape[2:], sampling)
+    rollout.commit(given, conditions.frames(0, chunk))
     _, state = world.autoencoder.decode(given)
     while (first := rollout.frames) < frames:
         here = conditions.frames(first, first + chunk)
         renoise = partial(_noise, (seed, walk.name, first), given)
-        if sampling.ode:
-            latents = rollout.denoise_ode(renoise(-1), prompt, here, sampling.levels)
-        else:
-            latents = rollout.denoise(renoise(-1), prompt, here, sampling.levels, renoise)
+        latents = rollout.denoise(here, renoise)
         decoded, state = decode(world, latents, state)
         yield decoded
-        rollout.commit(latents, prompt, here)
+        rollout.commit(latents, here)
+
+
+class _Student:
+    """One world that a few-step model makes chunk by chunk under a prompt."""
+
+    def __init__(self, backbone: Backbone, caption: str, shape: Sequence[int], sampling: Sampling) -> None:
+        self._prompt = backbone.model.prompt(backbone.encode([caption]))
+        self._rollout = ChunkRollout(backbone.model, backbone.config.history, shape)
+        self._levels = sampling.levels
+
+    @property
+    def frames(self) -> int:
+        return self._rollout.frames
+
+    def denoise(self, conditions: Conditions, noise: Callable[[int], Tensor]) -> Tensor:
+        """The next chunk; noise: of the chunk after a step, −1 at the start."""
+        return self._rollout.denoise(noise(-1), self._prompt, conditions, self._levels, noise)
+
+    def commit(self, latents: Tensor, conditions: Conditions) -> None:
+        self._rollout.commit(latents, self._prompt, conditions)
+
+
+class _Teacher:
+    """One that a many-step model makes, with guidance if asked."""
+
+    def __init__(self, backbone: Backbone, caption: str, shape: Sequence[int], sampling: Sampling) -> None:
+        texts = [caption] if sampling.guidance == 1 else [caption, ""]
+        prompts = [backbone.model.prompt(backbone.encode([text])) for text in texts]
+        guidance = Guidance(prompts[0], prompts[1] if len(prompts) > 1 else None, sampling.guidance)
+        self._rollout = TeacherRollout(backbone.model, backbone.config.history, shape, guidance)
+        self._levels = sampling.levels
+
+    @property
+    def frames(self) -> int:
+        return self._rollout.frames
+
+    def denoise(self, conditions: Conditions, noise: Callable[[int], Tensor]) -> Tensor:
+        """The next chunk, of the noise at the start alone."""
+        start = noise(-1)
+        return self._rollout.denoise(start, conditions, self._levels).to(start.dtype)
+
+    def commit(self, latents: Tensor, conditions: Conditions) -> None:
+        self._rollout.commit(latents, conditions)
 
 
 @torch.inference_mode()

@@ -18,11 +18,12 @@ from minwm.evaluation.measures import Measures
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRecord:
-    """`steps` of its sampler, its measures by the name of the clip, and what they hold for."""
+    """`steps` and `guidance` of its sampler, its measures by the name of the clip, and what they hold for."""
 
     steps: int
     about: dict[str, Any]
     measures: dict[str, Measures]
+    guidance: float = 1.0
 
 
 def save_teacher(path: Path, record: TeacherRecord) -> None:
@@ -33,7 +34,9 @@ def save_teacher(path: Path, record: TeacherRecord) -> None:
         for name, value in asdict(measured).items()
         if value is not None
     }
-    np.savez_compressed(path, steps=np.array(record.steps), about=np.array(json.dumps(record.about)), **arrays)
+    sampler = np.array(record.steps), np.array(record.guidance)
+    about = np.array(json.dumps(record.about))
+    np.savez_compressed(path, steps=sampler[0], guidance=sampler[1], about=about, **arrays)
 
 
 def load_teacher(path: Path) -> TeacherRecord:
@@ -42,12 +45,12 @@ def load_teacher(path: Path) -> TeacherRecord:
         with path.open("rb") as file, np.load(file) as archive:
             content = {key: archive[key] for key in archive.files}
         steps, about = int(content.pop("steps")), json.loads(str(content.pop("about")))
+        guidance = float(content.pop("guidance", 1.0))  # older records have none, and were made without
         clips: dict[str, dict[str, np.ndarray]] = {}
         for key, value in content.items():
             clip, _, name = key.rpartition("/")
             clips.setdefault(clip, {})[name] = value.astype(np.float64)
-        return TeacherRecord(
-            steps=steps, about=about, measures={clip: Measures(**values) for clip, values in clips.items()}
-        )
+        measures = {clip: Measures(**values) for clip, values in clips.items()}
+        return TeacherRecord(steps=steps, about=about, measures=measures, guidance=guidance)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not a teacher's record ({error})") from error
