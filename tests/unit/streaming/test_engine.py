@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from minwm.errors import ConfigError, SessionError, TrajectoryError
 from minwm.geometry.live import CameraVelocity
-from minwm.streaming import Chunk, Fidelity, Session, StreamingEngine, Turn, load_world
+from minwm.streaming import Chunk, Fidelity, Session, StreamingEngine, Turn, load_world, snapshot
 
 pytestmark = pytest.mark.unit
 
@@ -417,3 +417,25 @@ def test_products_of_eight_bits_show_nearly_the_same(tiny_world: Path) -> None:
     engines = StreamingEngine(world, 1), StreamingEngine(world, 1, eight_bit_products=True)
     exact, rounded = (np.stack(fresh(engine, [FORWARD, RIGHT] * 3)).astype(int) for engine in engines)
     assert 0 < np.abs(exact - rounded).mean() < 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_sessions_see_what_plain_ones_do_and_go_on_bit_for_bit_where_they_are_restored(
+    tiny_world: Path,
+) -> None:
+    """Alone and together, past the first full window, at two fidelities; the cache's window is two chunks."""
+    world = load_world(tiny_world, torch.float32)
+    frames: list[list[Frames]] = []
+    for compiled in (False, True):
+        engine = StreamingEngine(world, slots=3, compiled=compiled)
+        sessions = [engine.open(seed=seed, start_image="hall") for seed in (1, 2)]
+        shown = [advance(engine, sessions[0], control).frames for control in PATHS[1]]
+        for control, window in zip(PATHS[2], (None, None, None, 2, 2), strict=True):
+            made = engine.advance([Turn(session, control, Fidelity(window=window)) for session in sessions])
+            shown += [chunk.frames for chunk in made if isinstance(chunk, Chunk)]
+        frames.append(shown)
+    assert len(frames[0]) == len(frames[1]) == 15
+    assert all(close(one, other) for one, other in zip(*frames, strict=True))
+    again = snapshot.restore(engine, snapshot.take(engine, sessions[0]))
+    assert same(play(engine, again, PATHS[3]), play(engine, sessions[0], PATHS[3]))
