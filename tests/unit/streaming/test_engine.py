@@ -280,6 +280,7 @@ def test_one_poisoned_session_in_a_batch_of_four_disturbs_no_other(tiny_world: P
             (Turn(poisoned[1], huge), r"chunk 0: .* takes the camera to a pose that is not finite"),
             (Turn(poisoned[1], FORWARD, Fidelity(steps=3)), r"steps=3: expected one of \[1, 2, 4\]"),
             (Turn(poisoned[1], FORWARD, Fidelity(window=9)), r"window=9: expected from 2 to 4 latent frames"),
+            (Turn(poisoned[1], FORWARD, chunk=3), "control for chunk 3: it is not next, expected one for chunk 0"),
             (Turn(poisoned[2], FORWARD), "the session is in this batch already"),
         ]
     ):
@@ -307,6 +308,15 @@ def test_one_poisoned_session_in_a_batch_of_four_disturbs_no_other(tiny_world: P
     for one, other in zip(results, expected, strict=True):
         assert isinstance(one, Chunk) and isinstance(other, Chunk)
         assert close(one.frames, other.frames)
+
+
+def test_a_control_for_a_chunk_that_has_begun_comes_too_late(engine: StreamingEngine) -> None:
+    session = engine.open(seed=1)
+    assert isinstance(engine.advance([Turn(session, FORWARD, chunk=0)])[0], Chunk)
+    (late,) = engine.advance([Turn(session, RIGHT, chunk=0)])
+    assert str(late) == "control for chunk 0: it has begun already, expected one for chunk 1"
+    (next_one,) = engine.advance([Turn(session, RIGHT, chunk=1)])
+    assert isinstance(next_one, Chunk) and next_one.index == 1
 
 
 def test_a_context_written_with_the_next_chunk_s_first_step_gives_the_same_frames(tiny_world: Path) -> None:

@@ -323,6 +323,9 @@ class StreamingEngine:
         """Check a turn, and move the camera over its chunk. Raises SessionError; the session is as it was."""
         session, fidelity = turn.session, turn.fidelity
         self._require_open(session)
+        if turn.chunk not in (None, session.chunks):
+            state = "has begun already" if turn.chunk < session.chunks else "is not next"
+            raise SessionError(f"control for chunk {turn.chunk}: it {state}, expected one for chunk {session.chunks}")
         levels = self.levels(fidelity)
         window = fidelity.window
         if window is not None and not self._chunk <= window <= self._history.window:

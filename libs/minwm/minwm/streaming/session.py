@@ -113,11 +113,15 @@ class Session:
 
 @dataclass(frozen=True)
 class Turn:
-    """A session's next chunk, to be made with the camera moving at `velocity`."""
+    """A session's next chunk, to be made with the camera moving at `velocity`.
+
+    chunk: index of the chunk that the control is for, where that matters: refused for one that has begun, or is later
+    """
 
     session: Session
     velocity: CameraVelocity
     fidelity: Fidelity = Fidelity()
+    chunk: int | None = None
 
 
 def conditions_of(chunk: Clean, intrinsics: Tensor, device: torch.device) -> Conditions:
