@@ -28,8 +28,8 @@ bench-streaming: setup ## how fast sessions stream here, beside the limit; runs/
 	@$(PYTHON) benchmarks/streaming.py --out runs/bench/streaming.json --plots docs/assets
 
 test: setup ## the tests that fit in 10 minutes on two cores
-	@$(PYTHON) -m pytest -m "not slow" --session-timeout 360 --numprocesses 2 --dist worksteal tests/unit tests/parity
-	@$(PYTHON) -m pytest -m "not slow" --session-timeout 240 tests/integration tests/e2e
+	@$(PYTHON) -m pytest -m "not slow" --session-timeout 388 --numprocesses 2 --dist worksteal tests/unit tests/parity
+	@$(PYTHON) -m pytest -m "not slow" --session-timeout 212 tests/integration tests/e2e
 
 test-full: setup ## every test
 	@$(PYTHON) -m pytest
