@@ -157,7 +157,7 @@ class KVCache:
     def places(self, start: int, frames: int, window: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Where a pass writes its tokens, and where all that it sees then lies; None: wherever there is anything.
 
-        For passes that `fill` the cache, with nothing beside the frames.
+        For passes that leave no room in it (`fills`), with nothing beside the frames.
         """
         written = [slice(slot, slot + count) for _, count, slot in self._runs(range(start, start + frames))]
         seen = self._places(start + frames, 0, window)

@@ -87,15 +87,16 @@ class SteadyPasses:
     """A model's passes over streams at full windows; called as the model is."""
 
     def __init__(self, model: Transformer, *, compiled: bool, graphs: bool) -> None:
-        """compiled: by a C++ compiler on CPUs, Triton on GPUs; graphs: CUDA graphs. Raises ConfigError for no Wan,
-        and for graphs where there is no GPU.
+        """compiled: by a C++ compiler on CPUs, Triton on GPUs; graphs: CUDA graphs.
+
+        Raises ConfigError for what is no Wan, and for graphs of a model that is on no GPU.
         """
         if not isinstance(model, Wan):
             raise ConfigError(f"compiled={compiled}, graphs={graphs}: {type(model).__name__}, expected a Wan")
         device = next(model.parameters()).device
         if graphs and device.type != "cuda":
             raise ConfigError(f"graphs: model on {device}, expected a CUDA device")
-        self._model, self._device = model, device
+        self._model = model
         self._compiled, self._graphs = compiled, graphs
         self._functions: dict[type[KVCache], Function] = {}
         self._captured: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
