@@ -214,6 +214,18 @@ def test_every_stage_resumes_bit_for_bit_with_its_averages_and_moments(
         assert any(not torch.equal(value, after[key]) for key, value in before.items()), f"{name} moved"
 
 
+def test_a_run_begun_in_bf16_does_not_go_on_where_a_machine_would_compute_it_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run(bf16=True, checkpoint_every=2)
+    monkeypatch.setattr("minwm.training.run.native_dtype", lambda device: torch.bfloat16)
+    with pytest.raises(Interrupted):
+        train(Line(), SAMPLES, config, OPTIMIZERS, tmp_path, {}, interrupt_after(3))
+    monkeypatch.setattr("minwm.training.run.native_dtype", lambda device: torch.float32)
+    with pytest.raises(TrainingError, match="bf16"):
+        train(Line(), SAMPLES, config, OPTIMIZERS, tmp_path, {})
+
+
 class Failing(Line):
     """Its loss is no number when it first sees sample 11."""
 

@@ -62,7 +62,9 @@ def train(
     if missing := stage.networks.keys() ^ optimizers.keys():
         raise ConfigError(f"optimizers: expected exactly {sorted(stage.networks)}, differs in {sorted(missing)}")
     folder.mkdir(parents=True, exist_ok=True)
-    made_with = flat({"run": run.decides(), "optimizers": {n: asdict(o) for n, o in optimizers.items()}})
+    made_with = flat(
+        {"run": run.decides(processes.device), "optimizers": {n: asdict(o) for n, o in optimizers.items()}}
+    )
     made_with |= flat(identity or {})
     checkpoints = Checkpoints(folder, run.keep)
     with ExitStack() as stack:

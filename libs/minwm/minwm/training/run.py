@@ -82,9 +82,10 @@ class RunConfig:
         if self.export == "best" and self.parallel.zero == 3:
             raise ConfigError("run.export='best': expected parallel.zero < 3; the best checkpoint is kept all the same")
 
-    def decides(self) -> dict[str, Any]:
-        """The part that decides a run's numbers."""
-        return {name: value for name, value in asdict(self).items() if name in _DECIDES}
+    def decides(self, device: torch.device) -> dict[str, Any]:
+        """The part that decides a run's numbers; bf16: whether it is what losses are computed in on this device."""
+        named = {name: value for name, value in asdict(self).items() if name in _DECIDES}
+        return {**named, "bf16": self.dtype(device) is torch.bfloat16}
 
     def precision(self, device: torch.device) -> AbstractContextManager[object]:
         """What losses are computed under."""
